@@ -52,6 +52,11 @@ class TextConfig:
     mlp_width: int = 3072
     dropout: float = 0.1
 
+    @property
+    def enc_id(self) -> int:
+        """[ENC], the first token of an image-grounded text; the last entry of the vocabulary."""
+        return self.vocab_size - 1
+
 
 @dataclass(frozen=True)
 class ModelConfig:

@@ -1,0 +1,114 @@
+"""The text tower: post-LN BERT whose every layer can also look at an image.
+
+Source: models/mm.py of the official FLIP; arXiv 1810.04805. No token-type embedding, no pooler;
+self-attention is bidirectional. The cross-attention block sits between self-attention and
+feed-forward and is skipped when no image is given (text mode).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flip_jax.config import TextConfig
+from flip_jax.models.layers import (
+    Attention,
+    Mlp,
+    dropout,
+    exact_gelu,
+    layer_norm,
+    normal,
+    scan_blocks,
+    stack_blocks,
+)
+
+Array = jax.Array
+
+EPSILON = 1e-12
+
+
+class TextBlock(nnx.Module):
+    """norm(x + attn(x)), norm(x + cross(x, image)) if there is one, norm(x + mlp(x))."""
+
+    def __init__(self, cfg: TextConfig, image_width: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.dropout = cfg.dropout
+        self.attn = Attention(cfg.width, cfg.heads, dtype=dtype, rngs=rngs)
+        self.ln_attn = layer_norm(cfg.width, EPSILON, dtype, rngs)
+        self.cross = Attention(cfg.width, cfg.heads, kv_width=image_width, dtype=dtype, rngs=rngs)
+        self.ln_cross = layer_norm(cfg.width, EPSILON, dtype, rngs)
+        self.mlp = Mlp(cfg.width, cfg.mlp_width, exact_gelu, dtype=dtype, rngs=rngs)
+        self.ln_mlp = layer_norm(cfg.width, EPSILON, dtype, rngs)
+
+    def __call__(
+        self,
+        x: Array,
+        mask: Array,
+        image_tokens: Array | None,
+        image_index: Array | None,
+        key: Array | None,
+    ) -> Array:
+        keys = [None] * 5 if key is None else jax.random.split(key, 5)
+        attended = self.attn(
+            x, self.attn.keys_values(x), mask, dropout_rate=self.dropout, dropout_key=keys[0]
+        )
+        x = self.ln_attn(x + dropout(attended, self.dropout, keys[1]))
+        if image_tokens is not None:
+            # Keys and values once per image; the rows that look at it share them.
+            image_kv = self.cross.keys_values(image_tokens)
+            if image_index is not None:
+                image_kv = jax.tree.map(lambda a: a[image_index], image_kv)
+            crossed = self.cross(x, image_kv, dropout_rate=self.dropout, dropout_key=keys[2])
+            x = self.ln_cross(x + dropout(crossed, self.dropout, keys[3]))
+        return self.ln_mlp(x + dropout(self.mlp(x), self.dropout, keys[4]))
+
+
+class Bert(nnx.Module):
+    """Token ids -> hidden states, alone or grounded in an image."""
+
+    def __init__(
+        self, cfg: TextConfig, image_width: int, *, dtype: jnp.dtype, remat: str, rngs: nnx.Rngs
+    ):
+        self.dropout, self.dtype, self.remat = cfg.dropout, dtype, remat
+        self.word_embed = nnx.Param(normal(0.02)(rngs.params(), (cfg.vocab_size, cfg.width)))
+        self.position_embed = nnx.Param(normal(0.02)(rngs.params(), (cfg.positions, cfg.width)))
+        self.ln_embed = layer_norm(cfg.width, EPSILON, dtype, rngs)
+        self.blocks = stack_blocks(
+            lambda r: TextBlock(cfg, image_width, dtype, r), cfg.depth, rngs
+        )
+
+    def __call__(
+        self,
+        token_ids: Array,
+        token_mask: Array,
+        image_tokens: Array | None = None,
+        image_index: Array | None = None,
+        key: Array | None = None,
+        *,
+        return_blocks: bool = False,
+    ) -> Array | tuple[Array, Array]:
+        """Encode texts.
+
+        Args:
+          token_ids: int32 [N, S], S <= positions.
+          token_mask: bool [N, S], True = real token; the first token must be real.
+          image_tokens: [B, Si, Dv]; None = text mode, cross-attention is skipped.
+          image_index: int32 [N], the image that each text looks at; None = row n looks at image n.
+          key: dropout; None = deterministic.
+          return_blocks: also return the output of every block.
+
+        Returns:
+          hidden states [N, S, D]; with `return_blocks` also [L, N, S, D].
+        """
+        embed_key, blocks_key = (None, None) if key is None else jax.random.split(key)
+        x = self.word_embed[...][token_ids] + self.position_embed[: token_ids.shape[1]]
+        x = dropout(self.ln_embed(x), self.dropout, embed_key)
+        x, blocks = scan_blocks(
+            self.blocks,
+            x,
+            lambda block, x, k: block(x, token_mask, image_tokens, image_index, k),
+            key=blocks_key,
+            remat=self.remat,
+            collect=return_blocks,
+        )
+        return (x, blocks) if return_blocks else x

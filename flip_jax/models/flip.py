@@ -1,0 +1,158 @@
+"""FLIP: two towers, two projections into one embedding, a matching head, a temperature.
+
+Source: arXiv 2407.08515, models/fflip_pretrain.py of the official code. The currency of training
+is the plain dict of arrays of `init_params`; `build` gives the static graph that turns such a
+dict back into a `Flip` (`nnx.merge(graphdef, params)`).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flip_jax.config import ModelConfig
+from flip_jax.models.bert import Bert
+from flip_jax.models.vit import VisionTransformer, normalize_pixels
+
+Array = jax.Array
+Params = dict  # nested dict[str, Array]
+
+# Parameters without a momentum twin.
+ONLINE_ONLY = ("itm_head", "temperature")
+
+
+def _linear(width: int, out: int, rngs: nnx.Rngs) -> nnx.Linear:
+    """Head in float32 with torch's default start: uniform +-1/sqrt(width), bias too."""
+
+    def uniform(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+        return jax.random.uniform(key, shape, dtype, -(width**-0.5), width**-0.5)
+
+    return nnx.Linear(width, out, kernel_init=uniform, bias_init=uniform, rngs=rngs)
+
+
+def unit_norm(x: Array) -> Array:
+    """x / max(|x|, 1e-12) over the last axis, float32 (torch's F.normalize)."""
+    x = x.astype(jnp.float32)
+    # Under the root, so that the gradient at the zero vector is 0 and not NaN.
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
+
+
+class Flip(nnx.Module):
+    """encode_image, encode_text and match.
+
+    Shapes: B images, N texts, S text tokens, Si image tokens, D widths, E joint embedding.
+    """
+
+    def __init__(self, cfg: ModelConfig, temperature: float, rngs: nnx.Rngs):
+        dtype = jnp.dtype(cfg.dtype)
+        options = {"dtype": dtype, "remat": cfg.remat, "rngs": rngs}
+        self.enc_id = cfg.text.enc_id
+        self.vit = VisionTransformer(cfg.vision, **options)
+        self.bert = Bert(cfg.text, cfg.vision.width, **options)
+        self.image_proj = _linear(cfg.vision.width, cfg.embed_dim, rngs)
+        self.text_proj = _linear(cfg.text.width, cfg.embed_dim, rngs)
+        self.itm_head = _linear(cfg.text.width, 2, rngs)
+        self.temperature = nnx.Param(jnp.asarray(temperature, jnp.float32))
+
+    def encode_image(self, image: Array, key: Array | None = None) -> tuple[Array, Array]:
+        """Image tokens and embedding.
+
+        Args:
+          image: uint8 [B, H, W, 3], normalised here; or float32, normalised already.
+          key: patch masking; None keeps all patches.
+
+        Returns:
+          image_tokens [B, Si, D] in the compute dtype; image_embed float32 [B, E], unit norm.
+        """
+        pixels = normalize_pixels(image) if image.dtype == jnp.uint8 else image
+        tokens = self.vit(pixels, key)
+        return tokens, unit_norm(self.image_proj(tokens[:, 0].astype(jnp.float32)))
+
+    def encode_text(
+        self, token_ids: Array, token_mask: Array, key: Array | None = None
+    ) -> tuple[Array, Array]:
+        """Text tokens [N, S, D] and embedding float32 [N, E], unit norm.
+
+        Args:
+          token_ids: int32 [N, S] with [CLS] first; token_mask: bool [N, S], True = real.
+          key: dropout; None = deterministic.
+        """
+        tokens = self.bert(token_ids, token_mask, key=key)
+        return tokens, unit_norm(self.text_proj(tokens[:, 0].astype(jnp.float32)))
+
+    def match(
+        self,
+        token_ids: Array,
+        token_mask: Array,
+        image_tokens: Array,
+        image_index: Array | None = None,
+        key: Array | None = None,
+        *,
+        first_token: str = "enc",
+    ) -> Array:
+        """ITM logits float32 [N, 2] of text n against image `image_index[n]`; class 1 = match.
+
+        Args:
+          token_ids, token_mask: [N, S] as `encode_text` takes them.
+          image_tokens: [B, Si, D] from `encode_image`.
+          image_index: int32 [N] into `image_tokens`; None = text n and image n.
+          key: dropout; None = deterministic.
+          first_token: `enc` puts [ENC] in the place of [CLS] as in training; `cls` leaves it, as
+            the reference's evaluation did.
+        """
+        if first_token == "enc":
+            token_ids = token_ids.at[:, 0].set(self.enc_id)
+        fused = self.bert(token_ids, token_mask, image_tokens, image_index, key)
+        return self.itm_head(fused[:, 0].astype(jnp.float32))
+
+
+def build(cfg: ModelConfig) -> nnx.GraphDef:
+    """The static part of the model: `nnx.merge(build(cfg), params)` is a `Flip`. No arrays."""
+    return nnx.split(nnx.eval_shape(lambda: Flip(cfg, 1.0, nnx.Rngs(0))))[0]
+
+
+def init_params(cfg: ModelConfig, temperature: float, key: Array) -> Params:
+    """Fresh float32 parameters, a nested dict; jit-able."""
+    return nnx.to_pure_dict(nnx.state(Flip(cfg, temperature, nnx.Rngs(key))))
+
+
+def twin_params(params: Params) -> Params:
+    """The part of the parameters that has a momentum twin (both towers, both projections)."""
+    return {name: value for name, value in params.items() if name not in ONLINE_ONLY}
+
+
+def update_twin(twin: Params, params: Params, momentum: float) -> Params:
+    """twin * momentum + params * (1 - momentum), leaf by leaf."""
+    return jax.tree.map(
+        lambda m, p: m * momentum + p * (1.0 - momentum), twin, twin_params(params)
+    )
+
+
+def init_queue(size: int, embed_dim: int, key: Array) -> dict[str, Array]:
+    """A queue of random unit vectors, as the reference starts: image, text [Q, E], group [Q]."""
+    image, text = jax.random.normal(key, (2, size, embed_dim))
+    return {
+        "image": unit_norm(image),
+        "text": unit_norm(text),
+        "group": jnp.full((size,), -100, jnp.int32),
+        "pointer": jnp.zeros((), jnp.int32),
+    }
+
+
+def enqueue(
+    queue: dict[str, Array], image_embed: Array, text_embed: Array, group: Array
+) -> dict[str, Array]:
+    """Overwrite B rows in batch order from the pointer on, round the end if need be.
+
+    Args:
+      queue: see `init_queue`; image_embed, text_embed: float32 [B, E]; group: int32 [B].
+    """
+    size = len(queue["group"])
+    rows = (queue["pointer"] + jnp.arange(len(group))) % size
+    return {
+        "image": queue["image"].at[rows].set(image_embed, unique_indices=True),
+        "text": queue["text"].at[rows].set(text_embed, unique_indices=True),
+        "group": queue["group"].at[rows].set(group, unique_indices=True),
+        "pointer": (queue["pointer"] + len(group)) % size,
+    }

@@ -1,0 +1,169 @@
+"""The train state, the train step, the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypedDict
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from flip_jax.config import Config
+from flip_jax.losses.itc import grouped_itc_loss
+from flip_jax.losses.itm import itm_inputs, itm_loss, sample_hard_negatives
+from flip_jax.models import flip
+
+Array = jax.Array
+
+
+class TrainState(TypedDict):
+    """Everything a run carries from step to step; only arrays, no random keys."""
+
+    step: Array  # int32 scalar: steps done
+    params: flip.Params
+    opt_state: optax.OptState
+    momentum: flip.Params  # the twins: params without itm_head and temperature
+    queue: dict[str, Array]  # image, text [Q, E], group [Q], pointer
+
+
+def init_state(cfg: Config, tx: optax.GradientTransformation) -> TrainState:
+    """A fresh state from `cfg.seed`; jit-able."""
+    params_key, queue_key = jax.random.split(jax.random.key(cfg.seed))
+    params = flip.init_params(cfg.model, cfg.loss.temperature, params_key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=tx.init(params),
+        momentum=jax.tree.map(jnp.copy, flip.twin_params(params)),
+        queue=flip.init_queue(cfg.loss.queue_size, cfg.model.embed_dim, queue_key),
+    )
+
+
+def flip_loss(
+    params: flip.Params,
+    momentum: flip.Params,
+    queue: dict[str, Array],
+    batch: dict[str, Array],
+    alpha: Array | float,
+    key: Array | None,
+    *,
+    cfg: Config,
+    graphdef: nnx.GraphDef,
+    negatives: dict[str, Array] | None = None,
+) -> tuple[Array, dict[str, Array]]:
+    """ITC + ITM, equal weights.
+
+    Args:
+      params, momentum: online parameters and twins, the twins already updated.
+      queue: before this batch is added.
+      batch: image uint8 [B, H, W, 3] (or float32, normalised), token_ids int32 [B, S],
+        token_mask bool [B, S], group int32 [B].
+      alpha: weight of the momentum targets.
+      key: dropout, patch masking and negatives; None = deterministic, then `negatives` is needed.
+      negatives: {"image", "text": int32 [B]} instead of drawn ones.
+
+    Returns:
+      (loss, metrics and the twins' embeddings for the queue)
+    """
+    keys = [None] * 5 if key is None else jax.random.split(key, 5)
+    image, group = batch["image"], batch["group"]
+    texts = batch["token_ids"], batch["token_mask"]
+    model = nnx.merge(graphdef, params)
+    twin = nnx.merge(graphdef, params | momentum)
+
+    image_tokens, image_embed = model.encode_image(image, keys[0])
+    _, text_embed = model.encode_text(*texts, keys[1])
+    # As in the reference the twins run in train mode: their text dropout is active.
+    _, twin_image_embed = twin.encode_image(image)
+    _, twin_text_embed = twin.encode_text(*texts, keys[2])
+    twin_embeds = jax.lax.stop_gradient({"image": twin_image_embed, "text": twin_text_embed})
+
+    local = cfg.loss.local_batch if cfg.loss.candidates == "local" else len(group)
+    itc, same_group = grouped_itc_loss(
+        {"image": image_embed, "text": text_embed},
+        twin_embeds,
+        queue,
+        group,
+        params["temperature"],
+        alpha,
+        cfg.loss.same_group,
+        local,
+    )
+
+    valid = {"image": jnp.ones_like(group, bool), "text": jnp.ones_like(group, bool)}
+    if negatives is None:
+        negatives, valid = sample_hard_negatives(
+            image_embed, text_embed, group, params["temperature"], keys[3]
+        )
+    token_ids, token_mask, image_index = itm_inputs(*texts, negatives)
+    logits = model.match(token_ids, token_mask, image_tokens, image_index, keys[4])
+    itm, itm_accuracy = itm_loss(logits, valid)
+
+    loss = itc + itm
+    metrics = {
+        "loss": loss,
+        "loss_itc": itc,
+        "loss_itm": itm,
+        "itm_accuracy": itm_accuracy,
+        "itm_without_negative": jnp.sum(~valid["image"]),
+        "same_group": same_group,
+    }
+    return loss, {"metrics": metrics, "twin_embeds": twin_embeds, "itm_logits": logits}
+
+
+def make_train_step(
+    cfg: Config,
+    tx: optax.GradientTransformation,
+    learning_rate: optax.Schedule,
+    alpha: optax.Schedule,
+) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
+    """The step as a pure function (state, batch) -> (state, metrics); the caller jits it.
+
+    Order, as in the reference: clamp the temperature, move the twins towards the online weights,
+    then losses, gradient, AdamW, and the twins' embeddings into the queue. Randomness is
+    fold_in(seed, step). `batch` may bring `negatives`, which then replace the drawn ones.
+    """
+    graphdef = flip.build(cfg.model)
+
+    def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
+        number = state["step"]
+        params = dict(state["params"])
+        params["temperature"] = jnp.clip(
+            params["temperature"], cfg.loss.temperature_min, cfg.loss.temperature_max
+        )
+        momentum = flip.update_twin(state["momentum"], params, cfg.loss.momentum)
+
+        def loss_of(params: flip.Params) -> tuple[Array, dict[str, Any]]:
+            return flip_loss(
+                params,
+                momentum,
+                state["queue"],
+                batch,
+                alpha(number),
+                jax.random.fold_in(jax.random.key(cfg.seed), number),
+                cfg=cfg,
+                graphdef=graphdef,
+                negatives=batch.get("negatives"),
+            )
+
+        grads, aux = jax.grad(loss_of, has_aux=True)(params)
+        updates, opt_state = tx.update(grads, state["opt_state"], params)
+        embeds = aux["twin_embeds"]
+        new_state = TrainState(
+            step=number + 1,
+            params=optax.apply_updates(params, updates),
+            opt_state=opt_state,
+            momentum=momentum,
+            queue=flip.enqueue(state["queue"], embeds["image"], embeds["text"], batch["group"]),
+        )
+        metrics = aux["metrics"] | {
+            "temperature": params["temperature"],
+            "alpha": jnp.asarray(alpha(number), jnp.float32),
+            "learning_rate": learning_rate(number),
+            "grad_norm": optax.tree.norm(grads),
+        }
+        return new_state, metrics
+
+    return step
