@@ -179,3 +179,197 @@ class Config:
     epochs: float = 15.0
     seed: int = 42
     log_every_steps: int = 50
+
+
+def validate(cfg: Config) -> Config:
+    """Check what can be checked without data or devices.
+
+    Raises:
+      ValueError: naming the field, its value, what is allowed and what to change.
+    """
+    _check_types(cfg, "config")
+    _validate_model(cfg.model)
+    _validate_training(cfg)
+    return cfg
+
+
+def _require(ok: bool, name: str, value: Any, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"config.{name}={value!r}: {allowed}")
+
+
+def _validate_model(model: ModelConfig) -> None:
+    vision, text = model.vision, model.text
+    _require(
+        vision.image_size % vision.patch_size == 0,
+        "model.vision.image_size",
+        vision.image_size,
+        f"must be a multiple of model.vision.patch_size={vision.patch_size}",
+    )
+    keep = vision.keep_patches
+    _require(
+        keep is None or 0 < keep <= vision.patches,
+        "model.vision.keep_patches",
+        keep,
+        f"must be None or 1..{vision.patches}, the number of patches",
+    )
+    for name, tower in (("vision", vision), ("text", text)):
+        _require(
+            tower.width % tower.heads == 0,
+            f"model.{name}.heads",
+            tower.heads,
+            f"must divide model.{name}.width={tower.width}",
+        )
+    _require(
+        2 <= text.max_length <= text.positions,
+        "model.text.max_length",
+        text.max_length,
+        f"must be 2..{text.positions}, the number of text positions",
+    )
+    _require(0 <= text.dropout < 1, "model.text.dropout", text.dropout, "must be in [0, 1)")
+
+
+def _validate_training(cfg: Config) -> None:
+    loss, batch = cfg.loss, cfg.data.batch_size
+    _require(batch >= 2, "data.batch_size", batch, "must be at least 2: ITM needs a negative")
+    if loss.candidates == "local":
+        _require(
+            batch % loss.local_batch == 0,
+            "loss.local_batch",
+            loss.local_batch,
+            f"must divide data.batch_size={batch}; or set loss.candidates=global",
+        )
+    nearest = max(round(loss.queue_size / batch), 1) * batch
+    _require(
+        loss.queue_size >= batch and loss.queue_size % batch == 0,
+        "loss.queue_size",
+        loss.queue_size,
+        f"must be a multiple of data.batch_size={batch}, for example {nearest}",
+    )
+    _require(
+        0 < loss.temperature_min <= loss.temperature <= loss.temperature_max,
+        "loss.temperature",
+        loss.temperature,
+        f"must be in [temperature_min, temperature_max] = "
+        f"[{loss.temperature_min}, {loss.temperature_max}], above 0",
+    )
+    for name, value in (("loss.momentum", loss.momentum), ("loss.alpha", loss.alpha)):
+        _require(0 <= value <= 1, name, value, "must be in [0, 1]")
+    _require(cfg.optim.lr > 0, "optim.lr", cfg.optim.lr, "must be above 0")
+    _require(cfg.epochs > 0, "epochs", cfg.epochs, "must be above 0")
+    _require(cfg.eval.captions >= 1, "eval.captions", cfg.eval.captions, "must be at least 1")
+    _require(cfg.eval.rerank >= 0, "eval.rerank", cfg.eval.rerank, "must be 0 (off) or more")
+    _require(cfg.log_every_steps >= 1, "log_every_steps", cfg.log_every_steps, "must be >= 1")
+
+
+def _allowed(value: Any, hint: Any) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in args
+    if origin in (typing.Union, types.UnionType):
+        return any(_allowed(value, arg) for arg in args)
+    if hint in (int, float):
+        number = isinstance(value, (int, float) if hint is float else int)
+        return number and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, hint)
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(repr(arg) for arg in typing.get_args(hint))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(arg) for arg in typing.get_args(hint))
+    return "None" if hint is type(None) else hint.__name__
+
+
+def _check_types(part: Any, name: str) -> None:
+    hints = typing.get_type_hints(type(part))
+    for item in dataclasses.fields(part):
+        value, path = getattr(part, item.name), f"{name}.{item.name}"
+        if not _allowed(value, hints[item.name]):
+            raise ValueError(f"{path}={value!r}: must be {_type_name(hints[item.name])}")
+        if dataclasses.is_dataclass(value):
+            _check_types(value, path)
+
+
+def override(cfg: Config, path: str, text: str) -> Config:
+    """A copy of `cfg` with the field at dotted `path` set from the command line's `text`.
+
+    Raises:
+      ValueError: for an unknown field (naming the nearest one) or a value of the wrong type.
+    """
+    return _override(cfg, path.split("."), text, "config")
+
+
+def _override(part: Any, names: list[str], text: str, where: str) -> Any:
+    known = [item.name for item in dataclasses.fields(part)]
+    name, *rest = names
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        guess = f"; did you mean {where}.{near[0]}?" if near else ""
+        raise ValueError(f"{where}.{name} does not exist{guess} (fields: {', '.join(known)})")
+    where, value, hint = f"{where}.{name}", getattr(part, name), typing.get_type_hints(type(part))
+    if dataclasses.is_dataclass(value):
+        if not rest:
+            fields = ", ".join(f"{where}.{f.name}" for f in dataclasses.fields(value))
+            raise ValueError(f"{where} is a group of fields, set one of them: {fields}")
+        return dataclasses.replace(part, **{name: _override(value, rest, text, where)})
+    if rest:
+        raise ValueError(f"{where} is a single value, it has no field {rest[0]!r}")
+    return dataclasses.replace(part, **{name: _parse(text, hint[name], where)})
+
+
+def _parse(text: str, hint: Any, where: str) -> Any:
+    if _allowed(text, hint):  # a plain word for a text field
+        return None if text == "None" and _allowed(None, hint) else text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    if not _allowed(value, hint):
+        raise ValueError(f"{where}={text}: must be {_type_name(hint)}")
+    return value
+
+
+def load(path: str | Path) -> Config:
+    """Run `get_config()` of a file under `configs/`.
+
+    Raises:
+      ValueError: if the file is missing or has no `get_config` that returns a Config.
+    """
+    path = Path(path)
+    if not path.is_file():
+        beside = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise ValueError(f"--config={path}: no such file (there are: {', '.join(beside) or '-'})")
+    spec = importlib.util.spec_from_file_location(f"flip_jax_config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    cfg = module.get_config() if hasattr(module, "get_config") else None
+    if not isinstance(cfg, Config):
+        raise ValueError(
+            f"--config={path}: needs a function get_config() -> flip_jax.config.Config"
+        )
+    return cfg
+
+
+def to_dict(cfg: Config) -> dict[str, Any]:
+    """Nested plain dict, ready for JSON."""
+    return dataclasses.asdict(cfg)
+
+
+def from_dict(values: dict[str, Any], kind: type = Config) -> Any:
+    """The inverse of `to_dict`.
+
+    Raises:
+      ValueError: if a field is unknown, as in a config of another version.
+    """
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ValueError(f"{kind.__name__} has no field {', '.join(unknown)}")
+    return kind(
+        **{
+            name: from_dict(value, hints[name]) if dataclasses.is_dataclass(hints[name]) else value
+            for name, value in values.items()
+        }
+    )

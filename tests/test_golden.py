@@ -103,7 +103,10 @@ def close(ours, recorded, tolerance=NOISE):
 
 def test_forward_features(case):
     model = nnx.merge(case.graphdef, case.params)
-    batch, out = case_batch(case.io, "in"), {k[4:]: v for k, v in case.io.items() if k[:4] == "out/"}
+    batch, out = (
+        case_batch(case.io, "in"),
+        {k[4:]: v for k, v in case.io.items() if k[:4] == "out/"},
+    )
     image_tokens, image_embed = model.encode_image(batch["image"])
     close(image_tokens, out["vision_last_hidden_state"])
     close(image_embed, out["image_feat"])

@@ -88,7 +88,9 @@ def _text(cfg: ModelConfig) -> Iterator[Entry]:
     yield from _module(f"{_TEXT}.embeddings.LayerNorm", "bert/ln_embed")
     for layer in range(cfg.text.depth):
         for name, path in _TEXT_BLOCK.items():
-            yield from _module(f"{_TEXT}.encoder.layer.{layer}.{name}", f"bert/blocks/{path}", layer)
+            yield from _module(
+                f"{_TEXT}.encoder.layer.{layer}.{name}", f"bert/blocks/{path}", layer
+            )
 
 
 def entries(cfg: ModelConfig, *, twin: bool = False) -> list[Entry]:

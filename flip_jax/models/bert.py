@@ -73,9 +73,7 @@ class Bert(nnx.Module):
         self.word_embed = nnx.Param(normal(0.02)(rngs.params(), (cfg.vocab_size, cfg.width)))
         self.position_embed = nnx.Param(normal(0.02)(rngs.params(), (cfg.positions, cfg.width)))
         self.ln_embed = layer_norm(cfg.width, EPSILON, dtype, rngs)
-        self.blocks = stack_blocks(
-            lambda r: TextBlock(cfg, image_width, dtype, r), cfg.depth, rngs
-        )
+        self.blocks = stack_blocks(lambda r: TextBlock(cfg, image_width, dtype, r), cfg.depth, rngs)
 
     def __call__(
         self,

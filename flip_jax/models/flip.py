@@ -124,9 +124,7 @@ def twin_params(params: Params) -> Params:
 
 def update_twin(twin: Params, params: Params, momentum: float) -> Params:
     """twin * momentum + params * (1 - momentum), leaf by leaf."""
-    return jax.tree.map(
-        lambda m, p: m * momentum + p * (1.0 - momentum), twin, twin_params(params)
-    )
+    return jax.tree.map(lambda m, p: m * momentum + p * (1.0 - momentum), twin, twin_params(params))
 
 
 def init_queue(size: int, embed_dim: int, key: Array) -> dict[str, Array]:

@@ -1,0 +1,290 @@
+"""Text-image retrieval: R@k in both directions, by cosine and re-ranked by ITM.
+
+Source: eval/pretrain_eval.py of the official FLIP. Departures: [ENC] is the first token at
+re-ranking, as in training (`eval.first_token=cls` is what the reference did); a tie counts
+against the model; candidates beyond the top k keep their cosine order behind it, where the
+reference leaves them to an unstable sort.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from flip_jax import partition
+from flip_jax.config import Config
+from flip_jax.models import flip
+
+CUTOFFS = (1, 5, 10)
+SHOWN = 5  # images kept per text for the picture
+_QUERY_BLOCK = 1024
+_PAIRS_PER_IMAGE = 8  # pairs in one call of the fused text tower, per image of the block
+
+
+def cosine_ranks(similarity: np.ndarray, relevant: np.ndarray) -> np.ndarray:
+    """Rank of the best relevant candidate of every query, 0 = first; ties count against it.
+
+    Args:
+      similarity: float [Q, N]; relevant: bool [Q, N], at least one per row.
+
+    Returns:
+      int64 [Q]
+    """
+    best = np.max(np.where(relevant, similarity, -np.inf), axis=1, keepdims=True)
+    return np.sum((similarity >= best) & ~relevant, axis=1)
+
+
+def search(
+    queries: np.ndarray,
+    candidates: np.ndarray,
+    query_of: np.ndarray,
+    candidate_of: np.ndarray,
+    k: int,
+) -> dict[str, np.ndarray]:
+    """Exact cosine search in blocks of queries; memory grows with Q + N, not with Q * N.
+
+    Args:
+      queries: float32 [Q, E]; candidates: float32 [N, E]; unit norm.
+      query_of, candidate_of: int [Q], [N]; a candidate is relevant where the numbers are equal.
+      k: how many candidates to keep per query.
+
+    Returns:
+      {"rank": int64 [Q], see `cosine_ranks`; "top": int64 [Q, k], best first, ties by index;
+      "cosine": float32 [Q, k]; "relevant": bool [Q, k]}
+    """
+    parts = []
+    for start in range(0, len(queries), _QUERY_BLOCK):
+        block = slice(start, start + _QUERY_BLOCK)
+        similarity = queries[block] @ candidates.T
+        relevant = query_of[block, None] == candidate_of[None]
+        top = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+        parts.append(
+            {
+                "rank": cosine_ranks(similarity, relevant),
+                "top": top,
+                "cosine": np.take_along_axis(similarity, top, axis=1),
+                "relevant": np.take_along_axis(relevant, top, axis=1),
+            }
+        )
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def rerank(found: dict[str, np.ndarray], logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Order the top k of a search by ITM logit + cosine.
+
+    Args:
+      found: result of `search`; logits: float [Q, k], class 1 of ITM for `found["top"]`.
+
+    Returns:
+      (rank of the best relevant candidate int64 [Q]: inside the top k by score, behind it by
+      cosine; the top candidates in their new order int64 [Q, k])
+    """
+    score = logits + found["cosine"]
+    inside = cosine_ranks(score, found["relevant"])
+    order = np.argsort(-score, axis=1, kind="stable")
+    ranks = np.where(found["relevant"].any(axis=1), inside, found["rank"])
+    return ranks, np.take_along_axis(found["top"], order, axis=1)
+
+
+def recalls(ranks: np.ndarray) -> dict[str, float]:
+    """{"R@1", "R@5", "R@10"} in percent and {"median_rank"}, 1 = first."""
+    found = {f"R@{k}": 100.0 * float(np.mean(ranks < k)) for k in CUTOFFS}
+    return found | {"median_rank": float(np.median(ranks)) + 1.0}
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """One evaluation. Ranks are int64 [queries], 0 = first."""
+
+    ranks: dict[str, dict[str, np.ndarray]]  # {"cosine", "reranked"} -> {"t2i", "i2t"}
+    top_images: np.ndarray  # int [texts, up to 5]: best gallery images of every text, final order
+    image_of: np.ndarray  # int [texts]: the gallery image a text belongs to
+    images: int
+    captions: int  # per image
+    k: int  # candidates re-ranked; 0 = off
+
+    def metrics(self) -> dict[str, float]:
+        """Flat numbers: `cosine/t2i/R@1` ..., and `mean_recall` of the final order, in percent."""
+        flat = {
+            f"{order}/{direction}/{name}": value
+            for order, directions in self.ranks.items()
+            for direction, ranks in directions.items()
+            for name, value in recalls(ranks).items()
+        }
+        final = "reranked" if self.k else "cosine"
+        wanted = [flat[f"{final}/{d}/R@{k}"] for d in ("t2i", "i2t") for k in CUTOFFS]
+        return flat | {"mean_recall": float(np.mean(wanted))}
+
+    def chance(self) -> dict[str, dict[str, float]]:
+        """R@k of a random order, in percent."""
+        texts = len(self.image_of)
+        t2i = {f"R@{k}": 100.0 * min(k / self.images, 1.0) for k in CUTOFFS}
+        own = np.bincount(self.image_of, minlength=self.images)
+        i2t = {f"R@{k}": 100.0 * float(np.mean(_hit_chance(texts, own, k))) for k in CUTOFFS}
+        return {"t2i": t2i, "i2t": i2t}
+
+    def table(self, before: Retrieval | None = None) -> str:
+        """A printable table; `before` adds the rows of another model, such as the untrained one."""
+        lines = [
+            f"retrieval over {self.images} images and {len(self.image_of)} captions "
+            f"({self.captions} per image), re-ranked k={self.k}",
+            f"{'':22}{'text -> image':>27}{'image -> text':>27}",
+            f"{'':22}" + "".join(f"{f'R@{k}':>9}" for k in CUTOFFS) * 2,
+        ]
+
+        def row(name: str, numbers: dict[str, dict[str, float]]) -> str:
+            values = [numbers[d][f"R@{k}"] for d in ("t2i", "i2t") for k in CUTOFFS]
+            return f"{name:22}" + "".join(f"{v:9.2f}" for v in values)
+
+        lines.append(row("chance", self.chance()))
+        for label, result in (("untrained, ", before), ("", self)):
+            for order, directions in result.ranks.items() if result else ():
+                numbers = {d: recalls(ranks) for d, ranks in directions.items()}
+                lines.append(row(label + order, numbers))
+        return "\n".join(lines)
+
+
+def _hit_chance(total: int, own: np.ndarray, k: int) -> np.ndarray:
+    """Chance that `k` of `total` candidates hold one of `own`, drawn without replacement."""
+    miss = np.ones(len(own))
+    for i in range(min(k, total)):
+        miss *= np.clip((total - own - i) / (total - i), 0.0, 1.0)
+    return 1.0 - miss
+
+
+class RetrievalEvaluator:
+    """Compiled once, called with any parameters.
+
+    Memory is bounded: image tokens live for one block of `eval.batch_size` images at a time, and
+    each pair is scored once for both directions.
+    """
+
+    def __init__(self, cfg: Config, gallery: Any, mesh: Mesh):
+        """Args: gallery: see `flip_jax.data.pipeline.Gallery`; mesh: devices to run on.
+
+        Raises:
+          ValueError: if `eval.rerank` is larger than the gallery or `eval.batch_size` does not
+            divide over the devices.
+        """
+        self.cfg, self.gallery, self.mesh = cfg, gallery, mesh
+        smaller = min(gallery.images, gallery.texts)
+        if cfg.eval.rerank > smaller:
+            raise ValueError(
+                f"config.eval.rerank={cfg.eval.rerank}: the gallery has {gallery.images} images "
+                f"and {gallery.texts} captions; set it to at most {smaller} (0 = off)"
+            )
+        if cfg.eval.batch_size % mesh.size:
+            raise ValueError(
+                f"config.eval.batch_size={cfg.eval.batch_size}: must be a multiple of the "
+                f"{mesh.size} devices"
+            )
+        graphdef = flip.build(cfg.model)
+
+        def encode_image(params, image):
+            return nnx.merge(graphdef, params).encode_image(image)
+
+        def encode_text(params, token_ids, token_mask):
+            return nnx.merge(graphdef, params).encode_text(token_ids, token_mask)[1]
+
+        def match(params, token_ids, token_mask, image_tokens, image_index):
+            model = nnx.merge(graphdef, params)
+            first = cfg.eval.first_token
+            texts = token_ids, token_mask
+            return model.match(*texts, image_tokens, image_index, first_token=first)[:, 1]
+
+        self._encode_image, self._encode_text = jax.jit(encode_image), jax.jit(encode_text)
+        self._match = jax.jit(match)
+
+    def _put(self, batch: dict[str, np.ndarray], *names: str) -> list[jax.Array]:
+        placed = partition.to_global({name: batch[name] for name in names}, self.mesh)
+        return [placed[name] for name in names]
+
+    def __call__(self, params: flip.Params) -> Retrieval:
+        """Encode the gallery, rank, re-rank."""
+        image_embed, text_embed, token_ids, token_mask = self._embed(params)
+        image_of, own = self.gallery.image_of, np.arange(len(image_embed))
+        k = self.cfg.eval.rerank
+        shown = min(max(k, SHOWN), len(image_embed))
+        t2i = search(text_embed, image_embed, image_of, own, shown)
+        i2t = search(image_embed, text_embed, own, image_of, max(k, 1))
+        ranks = {"cosine": {"t2i": t2i["rank"], "i2t": i2t["rank"]}}
+        top_images = t2i["top"]
+        if k:
+            t2i = {n: v if v.ndim == 1 else v[:, :k] for n, v in t2i.items()}
+            logits = self._pair_logits(params, token_ids, token_mask, t2i["top"], i2t["top"])
+            t2i_ranks, reordered = rerank(t2i, logits[0])
+            top_images = np.concatenate([reordered, top_images[:, k:]], axis=1)
+            ranks["reranked"] = {"t2i": t2i_ranks, "i2t": rerank(i2t, logits[1])[0]}
+        return Retrieval(
+            ranks=ranks,
+            top_images=top_images[:, :SHOWN],
+            image_of=image_of,
+            images=len(image_embed),
+            captions=self.gallery.captions,
+            k=k,
+        )
+
+    def _embed(self, params: flip.Params) -> tuple[np.ndarray, ...]:
+        size, images, texts, ids, masks = self.cfg.eval.batch_size, [], [], [], []
+        for batch in self.gallery.image_batches(size):
+            (image,) = self._put(batch, "image")
+            embed = np.asarray(self._encode_image(params, image)[1])
+            images.append(embed[batch["valid"]])
+        for batch in self.gallery.text_batches(size):
+            embed = self._encode_text(params, *self._put(batch, "token_ids", "token_mask"))
+            texts.append(np.asarray(embed)[batch["valid"]])
+            ids.append(batch["token_ids"][batch["valid"]])
+            masks.append(batch["token_mask"][batch["valid"]])
+        return tuple(np.concatenate(parts) for parts in (images, texts, ids, masks))
+
+    def _pair_logits(
+        self,
+        params: flip.Params,
+        token_ids: np.ndarray,
+        token_mask: np.ndarray,
+        top_images: np.ndarray,
+        top_texts: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """ITM logits of class 1: float32 [texts, k] for `top_images`, [images, k] for `top_texts`.
+
+        Pairs are visited image block by image block, so that the tokens of an image, and the
+        cross-attention keys and values made of them, serve all of its pairs; a pair that both
+        directions want is scored once.
+        """
+        texts, images, size = len(token_ids), self.gallery.images, self.cfg.eval.batch_size
+        t2i = top_images * texts + np.arange(texts)[:, None]
+        i2t = np.arange(images)[:, None] * texts + top_texts
+        pairs, where = np.unique(np.concatenate([t2i.ravel(), i2t.ravel()]), return_inverse=True)
+        pair_image, pair_text = np.divmod(pairs, texts)
+        logits = np.empty(len(pairs), np.float32)
+        for block, batch in enumerate(self.gallery.image_batches(size)):
+            (image,) = self._put(batch, "image")
+            tokens, _ = self._encode_image(params, image)
+            first, last = np.searchsorted(pair_image, [block * size, (block + 1) * size])
+            for rows, count in _padded_chunks(first, last, size * _PAIRS_PER_IMAGE):
+                call = {
+                    "token_ids": token_ids[pair_text[rows]],
+                    "token_mask": token_mask[pair_text[rows]],
+                    "image_index": (pair_image[rows] - block * size).astype(np.int32),
+                }
+                ids, mask, index = self._put(call, "token_ids", "token_mask", "image_index")
+                values = self._match(params, ids, mask, tokens, index)
+                logits[rows[:count]] = np.asarray(values)[:count]
+        return logits[where[: t2i.size]].reshape(t2i.shape), logits[where[t2i.size :]].reshape(
+            i2t.shape
+        )
+
+
+def _padded_chunks(first: int, last: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Numbers first..last-1 in chunks of exactly `size`; the last one repeats `first`."""
+    for start in range(first, last, size):
+        count = min(size, last - start)
+        rows = np.full(size, first)
+        rows[:count] = np.arange(start, start + count)
+        yield rows, count

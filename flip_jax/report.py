@@ -1,0 +1,100 @@
+"""The picture at the end of a run: loss curves and what the model finds for a few captions."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure, SubFigure
+
+from flip_jax.downstream.retrieval import SHOWN, Retrieval
+
+QUERIES = 6
+RIGHT, WRONG = "#1a9850", "#d0d0d0"
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def _curve(rows: list[dict[str, float]], name: str) -> tuple[list[float], list[float]]:
+    found = [(row["step"], row[name]) for row in rows if name in row]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _plot_curves(figure: SubFigure, rows: list[dict[str, float]]) -> None:
+    losses, recalls, rates = figure.subplots(1, 3)
+    for name, label in (("loss_itc", "ITC"), ("loss_itm", "ITM")):
+        losses.plot(*_curve(rows, name), label=label)
+    losses.set_title("loss")
+    losses.legend()
+    for order in ("cosine", "reranked"):
+        for direction, arrow in (("t2i", "text→image"), ("i2t", "image→text")):
+            steps, values = _curve(rows, f"eval/{order}/{direction}/R@10")
+            if steps:
+                recalls.plot(steps, values, marker="o", label=f"{arrow}, {order}")
+    recalls.set_title("R@10, held-out identities (%)")
+    recalls.set_ylim(bottom=0)
+    if recalls.lines:
+        recalls.legend(fontsize=7)
+    rates.plot(*_curve(rows, "temperature"), color="tab:red", label="temperature")
+    rates.set_title("temperature and learning rate")
+    other = rates.twinx()
+    other.plot(*_curve(rows, "learning_rate"), color="tab:gray", label="learning rate")
+    rates.legend(handles=[*rates.lines, *other.lines], fontsize=7)
+    for axis in (losses, recalls, rates):
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+
+
+def _plot_queries(figure: SubFigure, retrieval: Retrieval, gallery: Any) -> None:
+    """One row per caption: the text, then its best images; the right one framed."""
+    texts = len(retrieval.image_of)
+    queries = np.unique(np.linspace(0, texts - 1, QUERIES).astype(int))
+    axes = figure.subplots(
+        len(queries), SHOWN + 1, squeeze=False, gridspec_kw={"width_ratios": [2.2] + [1] * SHOWN}
+    )
+    for row, text in zip(axes, queries, strict=True):
+        caption = textwrap.fill(gallery.caption(text), 42, max_lines=8)
+        row[0].text(0.0, 0.5, caption, va="center", fontsize=8, transform=row[0].transAxes)
+        for axis in row:
+            axis.set_axis_off()
+        for rank, (axis, image) in enumerate(
+            zip(row[1:], retrieval.top_images[text], strict=False)
+        ):
+            right = image == retrieval.image_of[text]
+            axis.imshow(gallery.thumbnail(int(image)))
+            axis.set_axis_on()
+            axis.set(xticks=[], yticks=[])
+            for spine in axis.spines.values():
+                spine.set(color=RIGHT if right else WRONG, linewidth=4 if right else 1)
+            if row is axes[0]:
+                axis.set_title(f"#{rank + 1}", fontsize=9)
+
+
+def write_report(
+    path: Path, rows: list[dict[str, float]], retrieval: Retrieval, gallery: Any
+) -> None:
+    """Write the PNG.
+
+    Args:
+      path: file to write; appears whole or not at all.
+      rows: lines of metrics.jsonl.
+      retrieval: the final evaluation.
+      gallery: the pictures and captions it was made on, see `flip_jax.data.pipeline.Gallery`.
+    """
+    figure = Figure(figsize=(13, 15), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 3.2])
+    _plot_curves(top, rows)
+    _plot_queries(bottom, retrieval, gallery)
+    bottom.suptitle(
+        f"text → image, top {SHOWN} of {retrieval.images} faces never seen in training; "
+        "the right one is framed"
+    )
+    partial = path.with_suffix(".partial")
+    figure.savefig(partial, dpi=110, format="png")
+    partial.rename(path)

@@ -1,0 +1,127 @@
+"""Overrides, types and checks: every error names the field, the value and what is allowed."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from flip_jax import config, main
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_is_valid(path):
+    cfg = config.validate(config.load(path))
+    assert config.from_dict(config.to_dict(cfg)) == cfg
+
+
+def test_the_defaults_are_the_reference_recipe():
+    cfg = config.Config()
+    assert (cfg.data.batch_size, cfg.loss.queue_size, cfg.loss.momentum) == (640, 61_440, 0.995)
+    assert (cfg.optim.lr, cfg.optim.weight_decay, cfg.epochs) == (3e-5, 0.05, 15.0)
+    assert cfg.model.text.enc_id == 30_523 and cfg.model.vision.patches == 196
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "value"),
+    [
+        ("optim.lr", "1e-4", 1e-4),
+        ("optim.lr", "1", 1),
+        ("data.path", "some/folder", "some/folder"),
+        ("data.path", "123", "123"),
+        ("data.path", "None", None),
+        ("data.flip", "false", False),
+        ("optim.clip_norm", "1.0", 1.0),
+        ("optim.clip_norm", "None", None),
+        ("loss.same_group", "ignore", "ignore"),
+        ("model.vision.keep_patches", "49", 49),
+        ("seed", "7", 7),
+    ],
+)
+def test_override(path, text, value):
+    cfg = config.override(config.Config(), path, text)
+    for name in path.split("."):
+        cfg = getattr(cfg, name)
+    assert cfg == value
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "words"),
+    [
+        ("optim.learning_rat", "1", ["config.optim.learning_rat", "fields: lr"]),
+        ("optim.wieght_decay", "1", ["did you mean config.optim.weight_decay"]),
+        ("optm.lr", "1", ["did you mean config.optim"]),
+        ("data.batch_size", "2.5", ["config.data.batch_size=2.5", "int"]),
+        ("data.batch_size", "many", ["config.data.batch_size=many", "int"]),
+        ("data.flip", "1", ["config.data.flip=1", "bool"]),
+        ("loss.same_group", "ignored", ["'negative', 'ignore', 'positive'"]),
+        ("optim", "1", ["group of fields", "config.optim.lr"]),
+        ("seed.x", "1", ["single value"]),
+        ("optim.lr", "nan", ["config.optim.lr=nan"]),
+    ],
+)
+def test_bad_override(path, text, words):
+    with pytest.raises(ValueError) as error:
+        config.override(config.Config(), path, text)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("model.vision.image_size", 225, ["multiple of model.vision.patch_size=16"]),
+        ("model.vision.keep_patches", 500, ["1..196"]),
+        ("model.text.heads", 7, ["divide model.text.width=768"]),
+        ("model.text.max_length", 600, ["2..512"]),
+        ("model.text.dropout", 1.0, ["[0, 1)"]),
+        ("data.batch_size", 1, ["at least 2"]),
+        ("loss.local_batch", 79, ["divide data.batch_size=640", "candidates=global"]),
+        ("loss.queue_size", 61_000, ["multiple of data.batch_size=640", "for example 60800"]),
+        ("loss.queue_size", 0, ["for example 640"]),
+        ("loss.temperature", 0.7, ["[0.001, 0.5]"]),
+        ("loss.momentum", 1.5, ["[0, 1]"]),
+        ("optim.lr", 0.0, ["above 0"]),
+        ("epochs", 0.0, ["above 0"]),
+        ("eval.rerank", -1, ["0 (off)"]),
+    ],
+)
+def test_bad_value(path, value, words):
+    def put(part, names):
+        name, *rest = names
+        new = put(getattr(part, name), rest) if rest else value
+        return dataclasses.replace(part, **{name: new})
+
+    with pytest.raises(ValueError, match=f"config.{path}=") as error:
+        config.validate(put(config.Config(), path.split(".")))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_wrong_type_inside_a_config_file():
+    cfg = config.Config(seed="42")
+    with pytest.raises(ValueError, match=r"config.seed='42': must be int"):
+        config.validate(cfg)
+
+
+def test_missing_and_wrong_config_files(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        config.load(tmp_path / "absent.py")
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    with pytest.raises(ValueError, match="get_config"):
+        config.load(tmp_path / "empty.py")
+
+
+def test_command_line(tmp_path):
+    base = str(CONFIGS[0])
+    cfg, workdir, eval_only = main.parse(
+        ["--config", base, "--config.seed=3", "--config.data.path", "x", "--workdir", str(tmp_path)]
+    )
+    assert (cfg.seed, cfg.data.path, workdir, eval_only) == (3, "x", tmp_path, False)
+    assert main.parse(["--config", base, "--eval_only"])[1] == Path("runs") / CONFIGS[0].stem
+    with pytest.raises(SystemExit):
+        main.parse(["--config", base, "--conf.seed=3"])
+
+
+def test_a_user_error_is_one_line(capsys):
+    assert main.main(["--config", str(CONFIGS[0]), "--config.sede=1"]) == 1
+    assert capsys.readouterr().err.startswith("error: config.sede does not exist; did you mean")
