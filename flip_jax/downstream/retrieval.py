@@ -8,7 +8,7 @@ reference leaves them to an unstable sort.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from flip_jax.config import Config
 from flip_jax.models import flip
 
 CUTOFFS = (1, 5, 10)
+DIRECTIONS = ("t2i", "i2t")  # text to image, image to text
 SHOWN = 5  # images kept per text for the picture
 _QUERY_BLOCK = 1024
 _PAIRS_PER_IMAGE = 8  # pairs in one call of the fused text tower, per image of the block
@@ -118,35 +119,36 @@ class Retrieval:
             for name, value in recalls(ranks).items()
         }
         final = "reranked" if self.k else "cosine"
-        wanted = [flat[f"{final}/{d}/R@{k}"] for d in ("t2i", "i2t") for k in CUTOFFS]
+        wanted = [flat[f"{final}/{d}/R@{k}"] for d in DIRECTIONS for k in CUTOFFS]
         return flat | {"mean_recall": float(np.mean(wanted))}
 
-    def chance(self) -> dict[str, dict[str, float]]:
-        """R@k of a random order, in percent."""
-        texts = len(self.image_of)
-        t2i = {f"R@{k}": 100.0 * min(k / self.images, 1.0) for k in CUTOFFS}
+    def chance(self) -> dict[str, float]:
+        """`t2i/R@1` ...: R@k of a random order, in percent."""
         own = np.bincount(self.image_of, minlength=self.images)
-        i2t = {f"R@{k}": 100.0 * float(np.mean(_hit_chance(texts, own, k))) for k in CUTOFFS}
-        return {"t2i": t2i, "i2t": i2t}
+        one = np.ones(1, np.int64)
+        flat = {}
+        for k in CUTOFFS:
+            flat[f"t2i/R@{k}"] = 100.0 * float(_hit_chance(self.images, one, k)[0])
+            flat[f"i2t/R@{k}"] = 100.0 * float(np.mean(_hit_chance(len(self.image_of), own, k)))
+        return flat
 
-    def table(self, before: Retrieval | None = None) -> str:
-        """A printable table; `before` adds the rows of another model, such as the untrained one."""
+    def table(self, untrained: Mapping[str, float] | None = None) -> str:
+        """Printable lines: chance, the untrained model if its `metrics()` are given, this one."""
         lines = [
             f"retrieval over {self.images} images and {len(self.image_of)} captions "
-            f"({self.captions} per image), re-ranked k={self.k}",
+            f"({self.captions} per image), ITM re-ranks the best k={self.k}",
             f"{'':22}{'text -> image':>27}{'image -> text':>27}",
             f"{'':22}" + "".join(f"{f'R@{k}':>9}" for k in CUTOFFS) * 2,
         ]
 
-        def row(name: str, numbers: dict[str, dict[str, float]]) -> str:
-            values = [numbers[d][f"R@{k}"] for d in ("t2i", "i2t") for k in CUTOFFS]
-            return f"{name:22}" + "".join(f"{v:9.2f}" for v in values)
+        def row(label: str, values: Mapping[str, float], prefix: str) -> str:
+            cells = [values[f"{prefix}{d}/R@{k}"] for d in DIRECTIONS for k in CUTOFFS]
+            return f"{label:22}" + "".join(f"{value:9.2f}" for value in cells)
 
-        lines.append(row("chance", self.chance()))
-        for label, result in (("untrained, ", before), ("", self)):
-            for order, directions in result.ranks.items() if result else ():
-                numbers = {d: recalls(ranks) for d, ranks in directions.items()}
-                lines.append(row(label + order, numbers))
+        lines.append(row("chance", self.chance(), ""))
+        for label, values in (("untrained, ", untrained), ("", self.metrics())):
+            for order in self.ranks if values else ():
+                lines.append(row(label + order, values, f"{order}/"))
         return "\n".join(lines)
 
 

@@ -1,0 +1,185 @@
+"""Ranks against a ten-line loop, chance by simulation, re-ranking against all pairs."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+from test_golden import case_config
+
+from flip_jax import partition
+from flip_jax.config import EvalConfig, MeshConfig
+from flip_jax.convert import torch_flip
+from flip_jax.downstream import retrieval
+from flip_jax.downstream.retrieval import Retrieval, RetrievalEvaluator
+
+
+class ArrayGallery:
+    """A gallery over arrays, with the interface of the record one."""
+
+    def __init__(self, image, token_ids, token_mask, image_of, captions=1):
+        self.image, self.token_ids, self.token_mask = image, token_ids, token_mask
+        self.image_of, self.captions = image_of, captions
+        self.images, self.texts = len(image), len(token_ids)
+
+    def _batches(self, size, **arrays):
+        total = len(next(iter(arrays.values())))
+        for start in range(0, total, size):
+            rows = np.minimum(np.arange(start, start + size), total - 1)
+            batch = {name: value[rows] for name, value in arrays.items()}
+            yield batch | {"valid": np.arange(start, start + size) < total}
+
+    def image_batches(self, size):
+        return self._batches(size, image=self.image)
+
+    def text_batches(self, size):
+        return self._batches(size, token_ids=self.token_ids, token_mask=self.token_mask)
+
+
+def loop_rank(scores, relevant):
+    """Best relevant candidate; whatever is not relevant and scores as much comes first."""
+    best = max(s for s, r in zip(scores, relevant, strict=True) if r)
+    return sum(1 for s, r in zip(scores, relevant, strict=True) if not r and s >= best)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_cosine_ranks(data):
+    queries, candidates = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 8))
+    values = st.sampled_from([0.0, 0.25, 0.5, 1.0])  # many ties
+    scores = np.array(
+        data.draw(
+            st.lists(
+                st.lists(values, min_size=candidates, max_size=candidates),
+                min_size=queries,
+                max_size=queries,
+            )
+        )
+    )
+    own = np.array(
+        data.draw(st.lists(st.integers(0, candidates - 1), min_size=queries, max_size=queries))
+    )
+    relevant = np.arange(candidates)[None] == own[:, None]
+    expected = [loop_rank(s, r) for s, r in zip(scores, relevant, strict=True)]
+    np.testing.assert_array_equal(retrieval.cosine_ranks(scores, relevant), expected)
+
+
+def test_a_model_that_says_the_same_of_all_finds_nothing():
+    scores = np.ones((4, 20))
+    ranks = retrieval.cosine_ranks(scores, np.arange(20)[None] == np.arange(4)[:, None])
+    assert retrieval.recalls(ranks) == {"R@1": 0, "R@5": 0, "R@10": 0, "median_rank": 20}
+
+
+def test_search_in_blocks_is_the_full_matrix(monkeypatch):
+    rng = np.random.default_rng(0)
+    queries, candidates = rng.normal(size=(23, 6)), rng.normal(size=(11, 6))
+    query_of, candidate_of = rng.integers(0, 11, 23), np.arange(11)
+    monkeypatch.setattr(retrieval, "_QUERY_BLOCK", 5)
+    found = retrieval.search(queries, candidates, query_of, candidate_of, 4)
+    full = queries @ candidates.T
+    relevant = query_of[:, None] == candidate_of[None]
+    np.testing.assert_array_equal(found["rank"], retrieval.cosine_ranks(full, relevant))
+    np.testing.assert_array_equal(found["top"], np.argsort(-full, axis=1)[:, :4])
+    np.testing.assert_allclose(found["cosine"], -np.sort(-full, axis=1)[:, :4])
+
+
+def test_rerank_by_hand():
+    found = {
+        "rank": np.array([2, 7]),
+        "top": np.array([[4, 9, 1], [0, 2, 3]]),
+        "cosine": np.array([[0.9, 0.8, 0.7], [0.5, 0.4, 0.3]]),
+        "relevant": np.array([[False, False, True], [False, False, False]]),
+    }
+    logits = np.array([[0.0, -5.0, 0.15], [1.0, 2.0, 3.0]])
+    ranks, order = retrieval.rerank(found, logits)
+    # Scores 0.9, -4.2, 0.85: the relevant one moves up to rank 1. The other stays where it was.
+    np.testing.assert_array_equal(ranks, [1, 7])
+    np.testing.assert_array_equal(order, [[4, 1, 9], [3, 2, 0]])
+
+
+def test_chance_is_what_random_orders_give():
+    image_of = np.array([0, 0, 0, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11])
+    result = Retrieval({}, np.zeros((15, 5), int), image_of, images=12, captions=1, k=0)
+    rng = np.random.default_rng(0)
+    hits = {d: [] for d in retrieval.DIRECTIONS}
+    for _ in range(2000):
+        scores = rng.normal(size=(15, 12))
+        relevant = image_of[:, None] == np.arange(12)
+        hits["t2i"].append(retrieval.cosine_ranks(scores, relevant))
+        hits["i2t"].append(retrieval.cosine_ranks(scores.T, relevant.T))
+    for direction, ranks in hits.items():
+        for k in retrieval.CUTOFFS:
+            simulated = 100 * np.mean(np.concatenate(ranks) < k)
+            assert result.chance()[f"{direction}/R@{k}"] == pytest.approx(simulated, abs=1.0)
+
+
+@pytest.fixture
+def recorded(golden):
+    meta = json.loads((golden / "A_meta.json").read_text())
+    io = load_file(golden / "A_eval.safetensors")
+    cfg = case_config(meta)
+    params = torch_flip.params_from_official(load_file(golden / "A_params.safetensors"), cfg.model)
+    gallery = ArrayGallery(
+        io["in/pixel_values"].transpose(0, 2, 3, 1),
+        io["in/input_ids"].astype(np.int32),
+        io["in/attention_mask"].astype(bool),
+        io["in/txt2img"],
+    )
+    return cfg, params, gallery, io
+
+
+def evaluate(cfg, params, gallery, **fields):
+    cfg = dataclasses.replace(cfg, eval=EvalConfig(**{"batch_size": 8, "rerank": 12} | fields))
+    mesh = partition.make_mesh(MeshConfig(), jax.devices()[:2])
+    return RetrievalEvaluator(cfg, gallery, mesh), params
+
+
+@pytest.mark.parametrize(("k", "suffix"), [(8, ""), (12, "_k12")])
+def test_recorded_ranks(recorded, k, suffix):
+    """[CLS] at re-ranking, as the official evaluation ran."""
+    cfg, params, gallery, io = recorded
+    evaluator, params = evaluate(cfg, params, gallery, first_token="cls", rerank=k)
+    result = evaluator(params)
+    relevant = gallery.image_of[:, None] == np.arange(20)
+    for direction, truth in (("t2i", relevant), ("i2t", relevant.T)):
+        score = io[f"out/score_{direction}{suffix}"]
+        expected = retrieval.cosine_ranks(score, truth)
+        inside = np.max(np.where(truth, score, -np.inf), axis=1) > -100
+        ranks = result.ranks["reranked"][direction]
+        np.testing.assert_array_equal(ranks[inside], expected[inside])
+        # The official code leaves those outside the top k to an unstable sort.
+        assert np.all(ranks[~inside] >= k) and 0 < np.mean(inside) < 1
+
+
+def test_recorded_scores(recorded):
+    cfg, params, gallery, io = recorded
+    every_image = np.tile(np.arange(20), (24, 1))
+    every_text = np.tile(np.arange(24), (20, 1))
+    for first in ("cls", "enc"):
+        evaluator, _ = evaluate(cfg, params, gallery, first_token=first)
+        image, text, ids, mask = evaluator._embed(params)
+        np.testing.assert_allclose(image @ text.T, io["out/sims_i2t"], rtol=0, atol=5e-6)
+        t2i, i2t = evaluator._pair_logits(params, ids, mask, every_image, every_text)
+        expected = io[f"out/itm_logit1_all_pairs_{first}"]
+        np.testing.assert_allclose(i2t, expected, rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(t2i.T, i2t)
+
+
+def test_k_larger_than_the_gallery(recorded):
+    cfg, params, gallery, _ = recorded
+    with pytest.raises(ValueError, match=r"config.eval.rerank=21: the gallery has 20 images"):
+        evaluate(cfg, params, gallery, rerank=21)
+    with pytest.raises(ValueError, match=r"config.eval.batch_size=7: .* 2 devices"):
+        evaluate(cfg, params, gallery, batch_size=7)
+
+
+def test_without_reranking(recorded):
+    cfg, params, gallery, _ = recorded
+    evaluator, params = evaluate(cfg, params, gallery, rerank=0)
+    result = evaluator(params)
+    assert set(result.ranks) == {"cosine"} and result.k == 0
+    assert "mean_recall" in result.metrics() and "chance" in result.table()
