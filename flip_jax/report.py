@@ -76,13 +76,40 @@ def _plot_queries(figure: SubFigure, retrieval: Retrieval, gallery: Any) -> None
                 axis.set_title(f"#{rank + 1}", fontsize=9)
 
 
-def write_report(
-    path: Path, rows: list[dict[str, float]], retrieval: Retrieval, gallery: Any
-) -> None:
-    """Write the PNG.
+def write_results(workdir: Path, retrieval: Retrieval, gallery: Any) -> None:
+    """Print the retrieval table; write `results.json` and `report.png` into the workdir.
 
     Args:
-      path: file to write; appears whole or not at all.
+      workdir: of the run; its metrics.jsonl gives the curves and, at step 0, the untrained model.
+      retrieval: the final evaluation.
+      gallery: what it was made on, see `flip_jax.data.pipeline.Gallery`.
+    """
+    path = workdir / "metrics.jsonl"
+    rows = read_metrics(path) if path.exists() else []
+    untrained = next((r for r in rows if r["step"] == 0 and "eval/mean_recall" in r), {})
+    untrained = {n.removeprefix("eval/"): v for n, v in untrained.items()}
+    print(retrieval.table(untrained))
+    results = {
+        "images": retrieval.images,
+        "texts": len(retrieval.image_of),
+        "captions_per_image": retrieval.captions,
+        "rerank_k": retrieval.k,
+        "chance": retrieval.chance(),
+        "untrained": untrained,
+        "trained": retrieval.metrics(),
+    }
+    (workdir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_picture(workdir / "report.png", rows, retrieval, gallery)
+    print(f"wrote {workdir}/results.json, {workdir}/report.png")
+
+
+def write_picture(
+    path: Path, rows: list[dict[str, float]], retrieval: Retrieval, gallery: Any
+) -> None:
+    """Write the PNG; it appears whole or not at all.
+
+    Args:
+      path: file to write.
       rows: lines of metrics.jsonl.
       retrieval: the final evaluation.
       gallery: the pictures and captions it was made on, see `flip_jax.data.pipeline.Gallery`.

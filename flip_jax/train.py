@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypedDict
 
 import jax
@@ -10,12 +12,19 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from flip_jax import partition
 from flip_jax.config import Config
+from flip_jax.downstream.retrieval import Retrieval
 from flip_jax.losses.itc import grouped_itc_loss
 from flip_jax.losses.itm import itm_inputs, itm_loss, sample_hard_negatives
 from flip_jax.models import flip
+from flip_jax.optim import learning_rate, make_optimizer, target_alpha
+from flip_jax.report import write_results
+from flip_jax.run import Run, StopSignal
+from flip_jax.step_log import StepLog
 
 Array = jax.Array
+log = logging.getLogger(__name__)
 
 
 class TrainState(TypedDict):
@@ -167,3 +176,88 @@ def make_train_step(
         return new_state, metrics
 
     return step
+
+
+class Compiled:
+    """State and step as jitted functions on a mesh.
+
+    Attributes:
+      target: the train state as `jax.ShapeDtypeStruct` with shardings.
+      init: () -> a fresh state.
+      step: (state, device batch) -> (state, metrics); the state's buffers are donated.
+    """
+
+    def __init__(self, cfg: Config, mesh: jax.sharding.Mesh, steps_per_epoch: int, steps: int):
+        rate = learning_rate(cfg.optim, steps_per_epoch, steps)
+        tx = make_optimizer(cfg.optim, rate)
+        shapes = jax.eval_shape(lambda: init_state(cfg, tx))
+        shardings = partition.state_shardings(shapes, mesh)
+        self.target = jax.tree.map(
+            lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
+            shapes,
+            shardings,
+        )
+        self.init = jax.jit(lambda: init_state(cfg, tx), out_shardings=shardings)
+        self.step = jax.jit(
+            make_train_step(cfg, tx, rate, target_alpha(cfg, steps_per_epoch)),
+            donate_argnums=0,
+            out_shardings=(shardings, None),
+        )
+
+
+def train(cfg: Config, workdir: Path) -> Retrieval | None:
+    """Train from the newest checkpoint of `workdir`, or from the start; evaluate; report.
+
+    SIGTERM saves after the current step and returns.
+
+    Returns:
+      the final evaluation; None if SIGTERM ended the run early.
+
+    Raises:
+      ValueError, OSError: settings, data or folders that cannot be used.
+      metrics.NonFiniteLoss: a loss is not a number; nothing is saved from that step on.
+    """
+    run = Run(cfg, workdir)
+    compiled = Compiled(cfg, run.mesh, run.steps_per_epoch, run.total_steps)
+    with run.checkpointer as checkpointer, StopSignal() as stop:
+        step = checkpointer.latest_step() or 0
+        state = checkpointer.restore(compiled.target) if step else compiled.init()
+        with StepLog(run, step) as steps, run.pipeline.batches(step) as batches:
+            if step == 0:
+                steps.evaluate(0, state)
+            while step < run.total_steps and not stop.requested:
+                with steps.timer.waiting():
+                    batch = next(batches)
+                state, metrics = compiled.step(state, run.to_devices(batch))
+                step += 1
+                steps.add(step, metrics, batch, batches.bad)
+                if step % cfg.log_every_steps == 0 or step == run.total_steps:
+                    steps.flush()
+                if run.eval_steps and step % run.eval_steps == 0 and step < run.total_steps:
+                    steps.save(step, state, steps.evaluate(step, state).metrics())
+                elif checkpointer.due(step):
+                    steps.save(step, state)
+            if stop.requested:
+                steps.save(step, state)
+                log.info("stopped: step %d is saved, the same command goes on from there", step)
+                return None
+            result = steps.evaluate(step, state)
+            steps.save(step, state, result.metrics())
+    write_results(workdir, result, run.gallery)
+    return result
+
+
+def evaluate(cfg: Config, workdir: Path) -> Retrieval:
+    """Evaluate the newest checkpoint of `workdir`; print and write the results.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    run = Run(cfg, workdir)
+    compiled = Compiled(cfg, run.mesh, run.steps_per_epoch, run.total_steps)
+    with run.checkpointer as checkpointer:
+        if checkpointer.latest_step() is None:
+            raise ValueError(f"--workdir={workdir}: no checkpoint to evaluate; train first")
+        result = run.evaluator(checkpointer.restore(compiled.target)["params"])
+    write_results(workdir, result, run.gallery)
+    return result

@@ -1,0 +1,411 @@
+"""Batches for training and evaluation, as numpy arrays.
+
+Training batch t is a pure function of (seed, t): to resume is to start at step t, and neither the
+number of hosts nor of threads or worker processes changes a batch. The chain is
+
+    record numbers -> shuffle -> repeat -> load and augment -> batch -> host slice -> [step:]
+
+all on a Grain `MapDataset`, prefetched last. Augmentation comes before the host slice because
+Grain derives its random numbers from the position in the stream: after the slice, all hosts would
+draw the same ones. The slice takes every `host_count`-th batch of `batch_size / host_count`
+rows, so the hosts' rows one after the other are the batch of a single host.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from flip_jax.config import DataConfig
+from flip_jax.data import transforms
+from flip_jax.data.records import BadRecord, Record, RecordSource, group_number
+from flip_jax.data.tokenizer import Tokenizer
+from flip_jax.data.transforms import BadImage
+
+Batch = dict[str, np.ndarray]
+
+# So many bad records in a row mean that a whole stretch of the data is gone.
+_MAX_SUBSTITUTES = 100
+# `max_bad_fraction` is applied from this many examples on: below, one bad record is a large share.
+_MIN_SEEN = 100
+
+
+class BadData(ValueError):
+    """Too many records cannot be used."""
+
+
+def read_record(
+    source: RecordSource, number: int, need_caption: bool = True
+) -> tuple[Record, np.ndarray]:
+    """Reads a record and decodes its picture.
+
+    Returns:
+      The record and its picture, uint8 [H, W, 3].
+
+    Raises:
+      BadRecord: damaged bytes, a picture that cannot be decoded, or no caption where one is needed.
+    """
+    record = source[number]
+    try:
+        image = transforms.decode_image(record.image)
+    except BadImage as error:
+        raise BadRecord(f"{source.where(number)} ({record.id}): {error}") from error
+    if need_caption and not record.captions:
+        raise BadRecord(f"{source.where(number)} ({record.id}): no caption")
+    return record, image
+
+
+@dataclass(frozen=True)
+class _Load:
+    """Record number -> one training example."""
+
+    source: RecordSource
+    cfg: DataConfig
+    image_size: int
+
+    def __call__(self, number: int, rng: np.random.Generator) -> dict[str, Any]:
+        used, bad, record, image = self._first_good(int(number))
+        caption = record.captions[rng.integers(len(record.captions))]
+        image = transforms.resize_image(image, self.image_size)
+        if self.cfg.flip:
+            image, _ = transforms.random_flip(image, rng)
+        image = transforms.rand_augment(
+            image, rng, self.cfg.randaugment_ops, self.cfg.randaugment_level
+        )
+        return {
+            "image": image,
+            "caption": caption,
+            "group": group_number(record.group_id),
+            "index": used,
+            "bad": bad,
+        }
+
+    def _first_good(self, number: int) -> tuple[int, int, Record, np.ndarray]:
+        """Returns the number of the first usable record from `number` on, and how many were not."""
+        records = len(self.source)
+        for bad in range(min(records, _MAX_SUBSTITUTES)):
+            used = (number + bad) % records
+            try:
+                return used, bad, *read_record(self.source, used)
+            except BadRecord as error:
+                last = error
+        raise BadData(
+            f"{bad + 1} records in a row cannot be used, the last: {last}. Run `python -m "
+            f"flip_jax.data verify {self.source.path}`, then copy or build the data set again."
+        )
+
+
+@dataclass(frozen=True)
+class _Collate:
+    """Examples -> batch; captions are tokenized together."""
+
+    tokenizer: Tokenizer
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> Batch:
+        token_ids, token_mask = self.tokenizer([example["caption"] for example in examples])
+        return {
+            "image": np.stack([example["image"] for example in examples]),
+            "token_ids": token_ids,
+            "token_mask": token_mask,
+            "group": np.array([example["group"] for example in examples], np.int32),
+            "index": np.array([example["index"] for example in examples], np.int64),
+            "bad": np.array([example["bad"] for example in examples], np.int32),
+        }
+
+
+class TrainPipeline:
+    """The endless stream of training batches of one host.
+
+    A batch is a dict of b = batch_size / host_count rows: `image` uint8 [b, S, S, 3] RGB,
+    `token_ids` int32 [b, L], `token_mask` bool [b, L], `group` int32 [b] (see `group_number`),
+    `index` int64 [b] (the record used), `bad` int32 [b] (records just before it, wrapping around,
+    that could not be used and were passed over).
+
+    Every n consecutive rows of the global stream from a multiple of n on, n = len(source), come
+    from every record once (a bad one is replaced by the next good one). A caption is drawn among
+    the record's at each visit.
+
+    Args:
+      source: the training records.
+      tokenizer: turns captions into ids.
+      cfg: batch size, augmentation, threads and processes.
+      image_size: S, pixels.
+      seed: of order, captions and augmentation.
+      host_index: which of the `host_count` equal parts of each batch to yield.
+
+    Raises:
+      ValueError: `batch_size` does not divide over the hosts or exceeds the number of records.
+    """
+
+    def __init__(
+        self,
+        source: RecordSource,
+        tokenizer: Tokenizer,
+        cfg: DataConfig,
+        image_size: int,
+        seed: int,
+        host_index: int = 0,
+        host_count: int = 1,
+    ):
+        if cfg.batch_size % host_count:
+            raise ValueError(
+                f"data.batch_size={cfg.batch_size} does not divide over {host_count} hosts; use a "
+                f"multiple of {host_count}"
+            )
+        if cfg.batch_size > len(source):
+            raise ValueError(
+                f"data.batch_size={cfg.batch_size} is more than the {len(source)} records of "
+                f"{source.path}, split {source.split!r}; use a smaller batch"
+            )
+        if not 0 <= host_index < host_count:
+            raise ValueError(f"host_index={host_index} must be 0 to {host_count - 1}")
+        self.source, self.cfg = source, cfg
+        self.steps_per_epoch = len(source) // cfg.batch_size
+        self._dataset = (
+            grain.MapDataset.range(len(source))
+            .seed(seed)
+            .shuffle()
+            .repeat(None)
+            .random_map(_Load(source, cfg, image_size))
+            .batch(cfg.batch_size // host_count, batch_fn=_Collate(tokenizer))
+        )[host_index::host_count]
+
+    def batch_at(self, step: int) -> Batch:
+        """Computes the batch of one step, in the calling thread."""
+        return self._dataset[step]
+
+    def batches(self, start_step: int = 0) -> BatchStream:
+        """Starts to prefetch the batches of `start_step`, `start_step + 1`, ..."""
+        # Grain reads absl flags, which nobody has parsed in a test, a notebook or a tool.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        cfg = self.cfg
+        # An element is a whole batch: Grain's default buffer of 500 would hold 500 batches.
+        buffer = max(cfg.threads, 0 if cfg.workers else cfg.prefetch)
+        read = grain.ReadOptions(
+            num_threads=cfg.threads, prefetch_buffer_size=buffer if cfg.threads else 0
+        )
+        dataset = self._dataset[start_step:].to_iter_dataset(read)
+        if cfg.workers:
+            options = grain.MultiprocessingOptions(
+                num_workers=cfg.workers,
+                per_worker_buffer_size=max(cfg.prefetch // cfg.workers, 1),
+            )
+            dataset = dataset.mp_prefetch(options, worker_init_fn=_end_with_parent).map(_own)
+        return BatchStream(iter(dataset), self.source, cfg.max_bad_fraction)
+
+
+class BatchStream(Iterator[Batch]):
+    """Prefetched training batches; also a context manager that ends threads and processes.
+
+    Attributes:
+      seen: examples handed out by this stream.
+      bad: records passed over on the way.
+    """
+
+    def __init__(self, batches: Any, source: RecordSource, max_bad_fraction: float):
+        self._batches, self._source, self._limit = batches, source, max_bad_fraction
+        self.seen = self.bad = 0
+        self._bad_numbers: dict[int, None] = {}  # an ordered set
+        self._batches.start_prefetch()
+
+    def __next__(self) -> Batch:
+        """Returns the next batch.
+
+        Raises:
+          BadData: after 100 examples or more, bad records are more than `max_bad_fraction` of all
+            records tried; the same one at the same step in every run that starts at the same step.
+        """
+        if self._batches is None:
+            raise ValueError("this stream of batches is closed")
+        batch = next(self._batches)
+        self.seen += len(batch["bad"])
+        if batch["bad"].any():
+            self._count(batch)
+        return batch
+
+    def _count(self, batch: Batch) -> None:
+        for used, bad in zip(batch["index"].tolist(), batch["bad"].tolist(), strict=True):
+            for back in range(bad, 0, -1):
+                self._bad_numbers[(used - back) % len(self._source)] = None
+        self.bad += int(batch["bad"].sum())
+        share = self.bad / (self.seen + self.bad)
+        if self.seen >= _MIN_SEEN and share > self._limit:
+            self.close()
+            raise BadData(
+                f"{self.bad} of {self.seen + self.bad} records tried cannot be used "
+                f"({share:.2%}), data.max_bad_fraction={self._limit}. Among them:\n  "
+                + "\n  ".join(self.bad_records(last=5))
+                + f"\nRun `python -m flip_jax.data verify {self._source.path}`, then copy or build "
+                "the data set again; or raise data.max_bad_fraction."
+            )
+
+    def bad_records(self, last: int | None = None) -> list[str]:
+        """Names the bad records met so far (or the `last` of them) and what is wrong with each."""
+        numbers = list(self._bad_numbers)
+        return [_complaint(self._source, n) for n in numbers[-last if last else None :]]
+
+    def close(self) -> None:
+        """Ends threads and processes; batches handed out stay valid. May be called again."""
+        if self._batches is not None:
+            self._batches.close()
+        # Grain's iterators close again when they are deleted, and fail at that if it happens as
+        # late as the end of the interpreter.
+        self._batches = None
+
+    def __enter__(self) -> BatchStream:
+        return self
+
+    def __exit__(self, kind, value, traceback) -> None:
+        self.close()
+
+
+def _complaint(source: RecordSource, number: int) -> str:
+    try:
+        read_record(source, number)
+    except BadRecord as error:
+        return str(error)
+    return f"{source.where(number)}: could not be read at first, now it can"
+
+
+def _own(batch: Batch) -> Batch:
+    """Copies a worker's batch out of shared memory, which is small in containers and is released
+    with errors at the end of the interpreter."""
+    return {name: np.array(value) for name, value in batch.items()}
+
+
+def _end_with_parent(worker: int, workers: int) -> None:
+    """Ends this worker process when its parent does, even when that is killed."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+class Gallery:
+    """Pictures and captions to evaluate on: the first usable records of a split, in order.
+
+    Which records are usable is found once, by decoding them, so pictures and captions always
+    agree. Nothing but record numbers is kept in memory.
+
+    Args:
+      source: the records.
+      tokenizer: turns captions into ids.
+      image_size: S, pixels.
+      limit: at most so many pictures; None = all.
+      captions: at most so many captions per picture, its first ones.
+      threads: threads that decode.
+
+    Attributes:
+      records: int64 [images], record numbers.
+      image_of: int64 [texts], the picture a caption belongs to, ascending.
+      group: int32 [images], see `group_number`.
+      bad: what is wrong with each record that was passed over.
+
+    Raises:
+      ValueError: no record is usable, or a number is below 1.
+    """
+
+    def __init__(
+        self,
+        source: RecordSource,
+        tokenizer: Tokenizer,
+        image_size: int,
+        limit: int | None = None,
+        captions: int = 1,
+        threads: int = 2,
+    ):
+        if captions < 1 or (limit is not None and limit < 1):
+            raise ValueError(f"captions={captions} and limit={limit} must be 1 or more")
+        self.source, self.captions = source, captions
+        self._tokenizer, self._image_size, self._threads = tokenizer, image_size, threads
+        self.bad: list[str] = []
+        records, texts, groups = [], [], []
+        for number, found in self._inspect_all(max(threads, 1)):
+            if isinstance(found, BadRecord):
+                self.bad.append(str(found))
+                continue
+            records.append(number)
+            texts.append(min(len(found.captions), captions))
+            groups.append(group_number(found.group_id))
+            if len(records) == limit:
+                break
+        if not records:
+            raise ValueError(
+                f"{source.path}, split {source.split!r}: none of {len(source)} records has a "
+                f"picture and a caption; the first: {self.bad[0]}"
+            )
+        self.records = np.array(records, np.int64)
+        self.group = np.array(groups, np.int32)
+        self.image_of = np.repeat(np.arange(len(records)), texts)
+
+    def _inspect_all(self, threads: int) -> Iterator[tuple[int, Record | BadRecord]]:
+        """Yields every record in order, or what is wrong with it."""
+
+        def inspect(number: int) -> Record | BadRecord:
+            try:
+                return read_record(self.source, number)[0]
+            except BadRecord as error:
+                return error
+
+        numbers = iter(range(len(self.source)))
+        with ThreadPoolExecutor(threads) as pool:
+            while chunk := list(islice(numbers, 32 * threads)):
+                yield from zip(chunk, pool.map(inspect, chunk), strict=True)
+
+    @property
+    def images(self) -> int:
+        return len(self.records)
+
+    @property
+    def texts(self) -> int:
+        return len(self.image_of)
+
+    def thumbnail(self, image: int) -> np.ndarray:
+        """Returns picture number `image` as the model sees it, uint8 [S, S, 3]."""
+        _, picture = read_record(self.source, self.records[image])
+        return transforms.resize_image(picture, self._image_size)
+
+    def caption(self, text: int) -> str:
+        """Returns caption number `text`."""
+        image = self.image_of[text]
+        first = np.searchsorted(self.image_of, image)
+        return self.source[self.records[image]].captions[text - first]
+
+    def image_batches(self, batch_size: int) -> Iterator[Batch]:
+        """Yields `image` uint8 [B, S, S, 3] and `valid` bool [B]; the last batch is padded."""
+        shape = (batch_size, self._image_size, self._image_size, 3)
+        with ThreadPoolExecutor(max(self._threads, 1)) as pool:
+            for start in range(0, self.images, batch_size):
+                rows = range(start, min(start + batch_size, self.images))
+                image = np.zeros(shape, np.uint8)
+                for row, picture in enumerate(pool.map(self.thumbnail, rows)):
+                    image[row] = picture
+                yield {"image": image, "valid": np.arange(batch_size) < len(rows)}
+
+    def text_batches(self, batch_size: int) -> Iterator[Batch]:
+        """Yields `token_ids` int32 [B, L], `token_mask` bool [B, L], `image_of` int64 [B] and
+        `valid` bool [B]; padding rows of the last batch are empty texts of picture 0."""
+        for start in range(0, self.texts, batch_size):
+            rows = range(start, min(start + batch_size, self.texts))
+            padding = batch_size - len(rows)
+            texts = [self.caption(text) for text in rows] + [""] * padding
+            token_ids, token_mask = self._tokenizer(texts)
+            yield {
+                "token_ids": token_ids,
+                "token_mask": token_mask,
+                "image_of": np.pad(self.image_of[rows.start : rows.stop], (0, padding)),
+                "valid": np.arange(batch_size) < len(rows),
+            }

@@ -1,0 +1,182 @@
+"""Writing a data set: ArrayRecord shards and their manifest, whole or not at all; no jax."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+from array_record.python import array_record_module
+
+from flip_jax.data.records import (
+    MANIFEST,
+    Manifest,
+    Record,
+    Shard,
+    Split,
+    encode_record,
+    file_sha256,
+)
+from flip_jax.data.transforms import BadImage, image_size, is_jpeg
+
+# One record per chunk: a random read then decompresses nothing but its own record.
+_WRITER_OPTIONS = "group_size:1"
+
+
+class RecordWriter:
+    """Writes a data set; the folder appears whole when the `with` block ends, or not at all.
+
+    Everything goes to a hidden folder beside the target, which is renamed at the end and removed
+    on any error. The same records in the same order give the same bytes.
+
+    Args:
+      out_dir: the folder to make.
+      source: where the data comes from, for the manifest.
+      overwrite: replace a data set that is already there.
+      shard_bytes: size after which the next shard begins.
+
+    Raises:
+      ValueError: `out_dir` is not empty and `overwrite` is off, or it holds something that is
+        not a data set; on leaving the block: nothing was written.
+      OSError: the folder or the disk refuses.
+    """
+
+    def __init__(
+        self,
+        out_dir: str | os.PathLike,
+        source: str,
+        *,
+        overwrite: bool = False,
+        shard_bytes: int = 256 * 2**20,
+    ):
+        self.out_dir = Path(out_dir).absolute()
+        self._source, self._shard_bytes = source, shard_bytes
+        self._writers: dict[str, _SplitWriter] = {}
+        self._ids: set[str] = set()
+        if self.out_dir.exists() and (not self.out_dir.is_dir() or any(self.out_dir.iterdir())):
+            if not overwrite:
+                raise ValueError(
+                    f"{self.out_dir} exists and is not empty; choose another folder or overwrite"
+                )
+            if not (self.out_dir / MANIFEST).is_file():
+                raise ValueError(
+                    f"{self.out_dir} holds no {MANIFEST}, so it is not a data set and is not "
+                    "overwritten; remove it by hand or choose another folder"
+                )
+
+    def __enter__(self) -> RecordWriter:
+        self.out_dir.parent.mkdir(parents=True, exist_ok=True)
+        prefix = f".{self.out_dir.name}.partial-"
+        self._folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self.out_dir.parent))
+        return self
+
+    def write(self, split: str, record: Record) -> None:
+        """Appends one record.
+
+        Raises:
+          ValueError: an id that was written before, a bad split name, or `image` is no JPEG.
+          OSError: the disk refuses.
+        """
+        if not split.isidentifier():
+            raise ValueError(f"split {split!r} must be a plain word such as 'train' or 'test'")
+        if record.id in self._ids:
+            raise ValueError(f"record id {record.id!r} was written before; ids must be unique")
+        if not is_jpeg(record.image):
+            raise BadImage(f"record {record.id!r}: the image is not a JPEG file")
+        if split not in self._writers:
+            self._writers[split] = _SplitWriter(self._folder, split, self._shard_bytes)
+        self._writers[split].write(record)
+        self._ids.add(record.id)
+
+    def __exit__(self, kind, value, traceback) -> None:
+        try:
+            if kind is None:
+                self._finish()
+            else:
+                for writer in self._writers.values():
+                    with contextlib.suppress(OSError):  # the first error is on its way already
+                        writer.close()
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _finish(self) -> None:
+        if not self._writers:
+            raise ValueError(f"no record was written to {self.out_dir}; a data set needs one")
+        splits = {name: self._writers[name].finish() for name in sorted(self._writers)}
+        seen = Counter(group for writer in self._writers.values() for group in writer.groups)
+        manifest = Manifest(
+            source=self._source,
+            groups_in_several_splits=sum(count > 1 for count in seen.values()),
+            splits=splits,
+        )
+        text = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+        (self._folder / MANIFEST).write_bytes(text)
+        self._folder.chmod(0o755)  # mkdtemp's folder is private
+        old = self._folder.with_name(self._folder.name + ".old")
+        if self.out_dir.exists():
+            self.out_dir.rename(old)
+        self._folder.rename(self.out_dir)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+class _SplitWriter:
+    """Writes the shards of one split and keeps its statistics."""
+
+    def __init__(self, folder: Path, name: str, shard_bytes: int):
+        self.folder, self.name, self.shard_bytes = folder, name, shard_bytes
+        self.split = Split()
+        self.groups: set[str] = set()
+        self._writer = None
+        self._bytes = 0  # in the open shard
+
+    def write(self, record: Record) -> None:
+        height, width = image_size(record.image)
+        data = encode_record(record)
+        split = self.split
+        with _disk_errors():
+            if self._writer is None:
+                file = f"{self.name}-{len(split.shards):05d}.array_record"
+                split.shards.append(Shard(file=file))
+                path = str(self.folder / file)
+                self._writer = array_record_module.ArrayRecordWriter(path, _WRITER_OPTIONS)
+            self._writer.write(data)
+        split.shards[-1].records += 1
+        split.records += 1
+        split.image_height.add(height, split.records)
+        split.image_width.add(width, split.records)
+        for caption in record.captions:
+            split.captions += 1
+            split.words_per_caption.add(len(caption.split()), split.captions)
+        self.groups.add(record.group_id)
+        self._bytes += len(data)
+        if self._bytes >= self.shard_bytes:
+            self.close()
+
+    def close(self) -> None:
+        """Finishes the open shard. Often it is only here that a failed write comes to light."""
+        writer, self._writer, self._bytes = self._writer, None, 0
+        if writer is not None:
+            with _disk_errors():
+                writer.close()
+
+    def finish(self) -> Split:
+        self.close()
+        for shard in self.split.shards:
+            file = self.folder / shard.file
+            shard.bytes, shard.sha256 = file.stat().st_size, file_sha256(file)
+        self.split.groups = len(self.groups)
+        return self.split
+
+
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    """ArrayRecord reports every failure as RuntimeError; makes it the OSError that it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f"cannot write records: {error}; is the disk full?") from error

@@ -1,0 +1,390 @@
+"""Where records come from: tables beside folders of pictures, and drawn faces."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path, PurePath
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
+from tqdm import tqdm
+
+from flip_jax.config import DrawnConfig
+from flip_jax.data.attributes import ATTRIBUTES, UNKNOWN
+from flip_jax.data.captions import captions
+from flip_jax.data.drawn_faces import draw_face
+from flip_jax.data.record_writer import RecordWriter
+from flip_jax.data.records import (
+    MANIFEST,
+    Record,
+    file_sha256,
+    group_number,
+    join_strokes,
+    load_manifest,
+)
+from flip_jax.data.transforms import BadImage, encode_jpeg, prepare_image
+
+_READERS = {
+    ".parquet": pyarrow.parquet.read_table,
+    ".csv": pyarrow.csv.read_csv,
+    ".jsonl": pyarrow.json.read_json,
+}
+# Below this many pictures a second process costs more than it saves.
+_PICTURES_PER_PROCESS = 100
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """How the columns of a table become records.
+
+    Attributes:
+      image_column: file name below the image folder; also the record's id.
+      group_column: equal for pictures of one person; None or an empty cell = a group of its own.
+      group_prefix: put before the group's value, to keep data sets apart.
+      split_column: name of the split of each row; None = all rows go to `split`.
+      caption_column: a sentence or a list of sentences.
+      captions: sentences to make from the attribute columns with the caption grammar.
+      caption_seed: of these sentences.
+      max_side: pixels; larger pictures are shrunk. None = as they are.
+      quality: JPEG quality where a picture has to be encoded again.
+      max_bad_fraction: share of rejected rows above which nothing is written.
+    """
+
+    image_column: str = "file"
+    group_column: str | None = None
+    group_prefix: str = ""
+    split_column: str | None = None
+    split: str = "train"
+    caption_column: str | None = None
+    captions: int = 0
+    caption_seed: int = 0
+    max_side: int | None = None
+    quality: int = 95
+    max_bad_fraction: float = 0.01
+
+
+@dataclass
+class BuildReport:
+    """What became of the rows."""
+
+    written: Counter[str] = field(default_factory=Counter)  # records by split
+    encoded_again: int = 0
+    rejected: dict[str, list[str]] = field(default_factory=dict)  # reason -> "file: detail"
+
+    @property
+    def rejections(self) -> int:
+        return sum(len(names) for names in self.rejected.values())
+
+    def __str__(self) -> str:
+        splits = ", ".join(f"{count} {split}" for split, count in sorted(self.written.items()))
+        lines = [
+            f"{self.written.total()} records ({splits}), {self.encoded_again} pictures encoded "
+            f"again, {self.rejections} rows rejected"
+        ]
+        for reason, names in sorted(self.rejected.items()):
+            lines.append(f"  {reason}: {len(names)}")
+            lines += [f"    {name}" for name in names[:10]]
+            if len(names) > 10:
+                lines.append(f"    and {len(names) - 10} more")
+        return "\n".join(lines)
+
+
+class _Rejected(Exception):
+    """A row that cannot become a record; args: reason, detail."""
+
+
+def build(
+    tables: Sequence[tuple[str | os.PathLike, str | os.PathLike]],
+    out_dir: str | os.PathLike,
+    cfg: BuildConfig,
+    *,
+    overwrite: bool = False,
+    threads: int = 2,
+) -> BuildReport:
+    """Writes records from tables of pictures, in the order of the rows.
+
+    A JPEG that decodes without complaint, is baseline RGB, upright and not larger than `max_side`
+    is stored byte for byte; any other readable picture is encoded again; a row whose picture
+    cannot be decoded or that has no caption (where captions are asked for) is rejected.
+
+    Attribute columns are those named like CelebA's: 1 and true = present, 0 and false = absent,
+    null = unknown. -1 means unknown where the table also has zeros, else absent (CelebA's own
+    files hold 1 and -1).
+
+    Args:
+      tables: pairs of a .parquet, .csv or .jsonl file and the folder its pictures are in.
+      out_dir: the data set to make.
+      cfg: see `BuildConfig`.
+      overwrite: replace a data set in `out_dir`.
+      threads: decode so many pictures at a time; does not change the result.
+
+    Raises:
+      ValueError: a missing column, a bad label, ids that are not unique, or too many rejections.
+      OSError: a file or folder cannot be read or written.
+    """
+    tables = [(Path(table), Path(images)) for table, images in tables]
+    source = "; ".join(f"{table.name} sha256 {file_sha256(table)[:16]}" for table, _ in tables)
+    report = BuildReport()
+    rows = 0
+    with (
+        RecordWriter(out_dir, f"{source}; {_describe(cfg)}", overwrite=overwrite) as writer,
+        ThreadPoolExecutor(threads) as pool,
+    ):
+        for path, images in tables:
+            table = read_table(path)
+            rows += len(table)
+            drafts = _drafts(table, path, images, cfg)
+            drafts = iter(tqdm(drafts, path.name, len(table), disable=None))
+            while chunk := list(islice(drafts, 64 * threads)):
+                for draft, done in zip(chunk, pool.map(_finish, chunk), strict=True):
+                    if isinstance(done, _Rejected):
+                        reason, detail = done.args
+                        report.rejected.setdefault(reason, []).append(f"{draft.file}: {detail}")
+                        continue
+                    record, encoded_again = done
+                    writer.write(draft.split, record)
+                    report.written[draft.split] += 1
+                    report.encoded_again += encoded_again
+        if report.rejections > cfg.max_bad_fraction * rows:
+            raise ValueError(
+                f"{report.rejections} of {rows} rows were rejected, allowed share "
+                f"{cfg.max_bad_fraction}; nothing was written. Mend the table or raise "
+                f"--max-bad-fraction.\n{report}"
+            )
+    return report
+
+
+def _describe(cfg: BuildConfig | DrawnConfig) -> str:
+    return " ".join(f"{name}={value}" for name, value in dataclasses.asdict(cfg).items())
+
+
+def read_table(path: Path) -> pa.Table:
+    """Reads a .parquet, .csv or .jsonl file.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: another kind of file, or one that cannot be parsed.
+    """
+    reader = _READERS.get(path.suffix)
+    if reader is None:
+        raise ValueError(f"table {path} must be one of {', '.join(_READERS)}")
+    try:
+        return reader(str(path))
+    except pa.ArrowException as error:
+        raise ValueError(f"table {path} cannot be read: {error}") from error
+
+
+def attribute_labels(table: pa.Table) -> np.ndarray:
+    """Reads the columns that are named like attributes; see `build` for the coding.
+
+    Returns:
+      int8 [rows, 40]: 1 present, 0 absent, -1 unknown or no such column.
+
+    Raises:
+      ValueError: a value other than -1, 0, 1, true, false and null.
+    """
+    labels = np.full((len(table), len(ATTRIBUTES)), UNKNOWN, np.int8)
+    known = np.zeros(labels.shape, bool)
+    for index, name in enumerate(ATTRIBUTES):
+        if name not in table.column_names:
+            continue
+        column = table[name]
+        try:
+            values = pc.fill_null(pc.cast(column, pa.int64()), UNKNOWN).to_numpy()
+        except pa.ArrowException as error:
+            raise ValueError(f"column {name}: labels must be -1, 0 or 1: {error}") from error
+        strange = values[(values < -1) | (values > 1)]
+        if len(strange):
+            raise ValueError(f"column {name}: label {strange[0]} must be -1, 0 or 1")
+        labels[:, index] = values
+        known[:, index] = pc.is_valid(column).to_numpy()
+    if not np.any(labels == 0):
+        labels[known & (labels == -1)] = 0
+    return labels
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """One row of a table, before its picture is read."""
+
+    file: str
+    images: Path
+    group: str
+    split: str
+    captions: list[str]
+    attributes: np.ndarray
+    cfg: BuildConfig
+
+
+def _drafts(table: pa.Table, path: Path, images: Path, cfg: BuildConfig) -> Iterator[_Draft]:
+    wanted = (cfg.image_column, cfg.group_column, cfg.split_column, cfg.caption_column)
+    for name in filter(None, wanted):
+        if name not in table.column_names:
+            raise ValueError(f"{path} has no column {name!r}; it has {table.column_names}")
+    if not images.is_dir():
+        raise FileNotFoundError(f"image folder {images} does not exist")
+    labels = attribute_labels(table)
+
+    def column(name: str | None, default: str) -> list:
+        return table[name].to_pylist() if name else [default] * len(table)
+
+    for file, group, split, texts, attributes in zip(
+        column(cfg.image_column, ""),
+        column(cfg.group_column, ""),
+        column(cfg.split_column, cfg.split),
+        column(cfg.caption_column, ""),
+        labels,
+        strict=True,
+    ):
+        file = "" if file is None else str(file)
+        texts = [texts] if isinstance(texts, str) else texts or []
+        yield _Draft(
+            file=file,
+            images=images,
+            group=cfg.group_prefix + (file if group in (None, "") else str(group)),
+            split="" if split is None else str(split),
+            captions=[text.strip() for text in texts if text and text.strip()],
+            attributes=attributes,
+            cfg=cfg,
+        )
+
+
+def _finish(draft: _Draft) -> tuple[Record, bool] | _Rejected:
+    """Returns the record and whether its picture was encoded again."""
+    cfg, texts = draft.cfg, draft.captions
+    try:
+        if not draft.split.isidentifier():
+            raise _Rejected("no split", f"{draft.split!r} is not a plain word")
+        if cfg.captions and np.any(draft.attributes != UNKNOWN):
+            seed = group_number(f"{cfg.caption_seed}:{draft.file}")
+            texts = texts + captions(draft.attributes, seed, cfg.captions)
+        if not texts and (cfg.captions or cfg.caption_column):
+            raise _Rejected("no caption", "no text and no known attribute")
+        data = _read_file(draft)
+        try:
+            image, encoded_again = prepare_image(data, cfg.max_side, cfg.quality)
+        except BadImage as error:
+            raise _Rejected("undecodable picture", str(error)) from error
+    except _Rejected as rejected:
+        return rejected
+    record = Record(
+        id=draft.file,
+        group_id=draft.group,
+        image=image,
+        captions=texts,
+        attributes=draft.attributes,
+    )
+    return record, encoded_again
+
+
+def _read_file(draft: _Draft) -> bytes:
+    path = PurePath(draft.file)
+    if not draft.file or path.is_absolute() or ".." in path.parts:
+        raise _Rejected("bad file name", "not a path below the image folder")
+    try:
+        return (draft.images / path).read_bytes()
+    except OSError as error:
+        raise _Rejected("unreadable file", error.strerror) from error
+
+
+def write_drawn(
+    cfg: DrawnConfig,
+    out_dir: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    processes: int | None = None,
+) -> Path:
+    """Renders drawn faces into records; a folder that holds just these already is left alone.
+
+    The people of `train` and `test` differ. The first pictures of all people come before the
+    second ones, so that the first records of a split are of as many people as possible.
+
+    Args:
+      cfg: numbers of people, pictures and captions, size and seed.
+      out_dir: the data set to make.
+      overwrite: replace a data set made with other settings.
+      processes: to draw with; None = one per core. Does not change a byte.
+
+    Returns:
+      `out_dir`.
+
+    Raises:
+      ValueError: a number out of range, or `out_dir` holds something else.
+      OSError: the folder or the disk refuses.
+    """
+    out_dir = Path(out_dir)
+    for name in ("train_identities", "pictures", "captions"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"data.drawn.{name}={getattr(cfg, name)} must be 1 or more")
+    source = f"drawn faces; {_describe(cfg)}"
+    if (out_dir / MANIFEST).is_file() and not overwrite:
+        found = load_manifest(out_dir).source
+        if found != source:
+            raise ValueError(
+                f"{out_dir} holds another data set:\n  {found}\nnot the wanted\n  {source}\n"
+                "Remove it or choose another folder."
+            )
+        return out_dir
+    total = cfg.train_identities + cfg.test_identities
+    splits = {
+        "train": range(cfg.train_identities),
+        "test": range(cfg.train_identities, total),
+    }
+    tasks = [
+        (split, cfg, identity, picture)
+        for split, identities in splits.items()
+        for picture in range(cfg.pictures)
+        for identity in identities
+    ]
+    cores = (os.cpu_count() or 1) if processes is None else processes
+    processes = max(min(cores, len(tasks) // _PICTURES_PER_PROCESS), 1)
+    with RecordWriter(out_dir, source, overwrite=overwrite) as writer:
+        for split, record in tqdm(
+            _draw_all(tasks, processes), "drawing faces", len(tasks), disable=None
+        ):
+            writer.write(split, record)
+    return out_dir
+
+
+_Task = tuple[str, DrawnConfig, int, int]  # split, settings, identity, picture
+
+
+def _draw_all(tasks: list[_Task], processes: int) -> Iterator[tuple[str, Record]]:
+    if processes == 1:
+        yield from map(_draw, tasks)
+        return
+    # Spawned, because a fork copies JAX's threads in the middle of whatever they are doing.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        yield from pool.map(_draw, tasks, chunksize=16)
+
+
+def _draw(task: _Task) -> tuple[str, Record]:
+    split, cfg, identity, picture = task
+    face = draw_face(cfg.seed, identity, picture, cfg.size)
+    record_id = f"drawn:{identity}/{picture}"
+    _, mask = cv2.imencode(".png", face.mask)
+    record = Record(
+        id=record_id,
+        group_id=f"drawn:{identity}",
+        image=encode_jpeg(face.image),
+        captions=captions(face.attributes, group_number(f"{cfg.seed}:{record_id}"), cfg.captions),
+        attributes=face.attributes,
+        box=face.box,
+        landmarks=face.landmarks,
+        mask=mask.tobytes(),
+        polylines=join_strokes(face.strokes),
+    )
+    return split, record

@@ -1,0 +1,115 @@
+"""What a run opens before its first step: mesh, vocabulary, data, evaluator, checkpoints."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from flip_jax import partition
+from flip_jax.checkpoint import Checkpointer
+from flip_jax.config import Config, to_dict
+from flip_jax.data.pipeline import Gallery, TrainPipeline
+from flip_jax.data.records import RecordSource
+from flip_jax.data.sources import write_drawn
+from flip_jax.data.tokenizer import Tokenizer
+from flip_jax.downstream.retrieval import RetrievalEvaluator
+
+
+class Run:
+    """The parts of one training run.
+
+    Attributes:
+      mesh, tokenizer, source (training records), pipeline, gallery, evaluator, checkpointer.
+      steps_per_epoch, total_steps, eval_steps (between evaluations; 0 = only at the end).
+
+    Raises:
+      ValueError, OSError: settings that do not fit the devices, the vocabulary or the data.
+    """
+
+    def __init__(self, cfg: Config, workdir: Path):
+        self.cfg, self.workdir = cfg, workdir
+        self.mesh = partition.make_mesh(cfg.mesh)
+        if cfg.data.batch_size % self.mesh.size:
+            raise ValueError(
+                f"config.data.batch_size={cfg.data.batch_size}: must be a multiple of the "
+                f"{self.mesh.size} devices of the mesh"
+            )
+        self.tokenizer = load_tokenizer(cfg)
+        path = data_path(cfg, workdir)
+        self.source = RecordSource(path, cfg.data.train_split)
+        size = cfg.model.vision.image_size
+        self.pipeline = TrainPipeline(self.source, self.tokenizer, cfg.data, size, cfg.seed)
+        self.gallery = Gallery(
+            RecordSource(path, cfg.data.eval_split),
+            self.tokenizer,
+            size,
+            limit=cfg.eval.max_images,
+            captions=cfg.eval.captions,
+            threads=cfg.data.threads,
+        )
+        self.evaluator = RetrievalEvaluator(cfg, self.gallery, self.mesh)
+        self.steps_per_epoch = self.pipeline.steps_per_epoch
+        self.total_steps = max(round(cfg.epochs * self.steps_per_epoch), 1)
+        self.eval_steps = round(cfg.eval.every_epochs * self.steps_per_epoch)
+        meta = {
+            "config": to_dict(cfg),
+            "vocab_hash": self.tokenizer.vocab_hash,
+            "data_hash": self.source.manifest_hash,
+        }
+        self.checkpointer = Checkpointer(workdir, cfg.checkpoint, meta)
+
+    def to_devices(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
+        """The part of a host batch that the step reads, on the mesh."""
+        names = ("image", "token_ids", "token_mask", "group")
+        return partition.to_global({name: batch[name] for name in names}, self.mesh)
+
+
+def load_tokenizer(cfg: Config) -> Tokenizer:
+    """The vocabulary of the config.
+
+    Raises:
+      ValueError: if its size is not `model.text.vocab_size`.
+    """
+    tokenizer = Tokenizer.load(cfg.data.tokenizer, cfg.model.text.max_length)
+    if tokenizer.vocab_size != cfg.model.text.vocab_size:
+        raise ValueError(
+            f"config.model.text.vocab_size={cfg.model.text.vocab_size}: the vocabulary "
+            f"{cfg.data.tokenizer!r} has {tokenizer.vocab_size} entries with [DEC] and [ENC]; set "
+            f"--config.model.text.vocab_size={tokenizer.vocab_size} or another data.tokenizer"
+        )
+    return tokenizer
+
+
+def data_path(cfg: Config, workdir: Path) -> Path:
+    """The folder of records; drawn faces are rendered into the workdir on first use.
+
+    Raises:
+      ValueError: if the config names no data.
+    """
+    if cfg.data.path is not None:
+        return Path(cfg.data.path)
+    if cfg.data.drawn.train_identities:
+        return write_drawn(cfg.data.drawn, workdir / "data")
+    raise ValueError(
+        "config.data.path is not set. `python -m flip_jax.data build --help` makes records from "
+        "pictures and a table of captions or attributes; then add --config.data.path=FOLDER. "
+        "To run without any data: --config configs/demo.py"
+    )
+
+
+class StopSignal:
+    """Context in which SIGTERM asks for a stop after the current step instead of killing."""
+
+    def __enter__(self) -> StopSignal:
+        self.requested = False
+        self._previous = signal.signal(signal.SIGTERM, self._request)
+        return self
+
+    def _request(self, *_: object) -> None:
+        self.requested = True
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._previous)

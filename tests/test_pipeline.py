@@ -1,0 +1,414 @@
+"""The training stream: order, resume, hosts, workers and dirt; and the evaluation gallery."""
+
+import ast
+import dataclasses
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flip_jax.config import DataConfig
+from flip_jax.data import pipeline
+from flip_jax.data.pipeline import BadData, Gallery, TrainPipeline
+from flip_jax.data.record_writer import RecordWriter
+from flip_jax.data.records import BadRecord, Record, RecordSource, group_number
+from flip_jax.data.tokenizer import Tokenizer
+from flip_jax.data.transforms import decode_image, encode_jpeg, resize_image
+
+SIZE = 16  # pixels, of the model
+RECORDS = 30
+CONFIG = DataConfig(batch_size=8, threads=2, prefetch=3)
+
+
+def record(number: int, captions: int = 3) -> Record:
+    rng = np.random.default_rng(number)
+    image = np.kron(rng.integers(0, 256, (4, 3, 3), dtype=np.uint8), np.ones((6, 7, 1), np.uint8))
+    return Record(
+        id=f"id{number}",
+        group_id=f"person:{number // 3}",
+        image=encode_jpeg(image),
+        captions=[f"she is smiling and {'very ' * c}young" for c in range(captions)],
+        attributes=np.zeros(40, np.int8),
+    )
+
+
+def write(folder: Path, records: list[Record], split: str = "train") -> RecordSource:
+    with RecordWriter(folder, "test data", shard_bytes=8000) as writer:
+        for item in records:
+            writer.write(split, item)
+    return RecordSource(folder, split)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> RecordSource:
+    return write(tmp_path_factory.mktemp("data") / "clean", [record(n) for n in range(RECORDS)])
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.load("grammar", max_length=12)
+
+
+@pytest.fixture
+def make(source, tokenizer):
+    """Builds a pipeline over the clean records; keyword arguments change the config or the host."""
+
+    def build(seed=7, host_index=0, host_count=1, **changes) -> TrainPipeline:
+        cfg = dataclasses.replace(CONFIG, **changes)
+        return TrainPipeline(source, tokenizer, cfg, SIZE, seed, host_index, host_count)
+
+    return build
+
+
+def take(train: TrainPipeline, steps: int, start: int = 0) -> list[dict]:
+    with train.batches(start) as stream:
+        return [{k: np.array(v) for k, v in next(stream).items()} for _ in range(steps)]
+
+
+def assert_same(a: list[dict], b: list[dict]) -> None:
+    assert len(a) == len(b)
+    for left, right in zip(a, b, strict=True):
+        assert left.keys() == right.keys()
+        for name in left:
+            np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+
+
+def test_batch_shapes_and_content(make, source, tokenizer):
+    train = make(flip=False, randaugment_ops=0)
+    batch = train.batch_at(0)
+    kinds = {name: (value.dtype.str, value.shape) for name, value in batch.items()}
+    assert kinds == {
+        "image": ("|u1", (8, SIZE, SIZE, 3)),
+        "token_ids": ("<i4", (8, 12)),
+        "token_mask": ("|b1", (8, 12)),
+        "group": ("<i4", (8,)),
+        "index": ("<i8", (8,)),
+        "bad": ("<i4", (8,)),
+    }
+    for row, number in enumerate(batch["index"]):
+        item = source[number]
+        expected = resize_image(decode_image(item.image), SIZE)
+        np.testing.assert_array_equal(batch["image"][row], expected)
+        assert batch["group"][row] == group_number(item.group_id)
+        ids, _ = tokenizer(item.captions)
+        assert any((batch["token_ids"][row] == known).all() for known in ids)
+    assert not batch["bad"].any()
+    assert train.steps_per_epoch == RECORDS // 8
+
+
+def test_every_window_of_n_holds_each_record_once(make):
+    batches = take(make(), 15)  # 120 rows, 4 epochs; a batch of 8 crosses every border of 30
+    order = np.concatenate([batch["index"] for batch in batches])
+    for start in range(0, 120, RECORDS):
+        assert sorted(order[start : start + RECORDS]) == list(range(RECORDS))
+    assert not np.array_equal(order[:RECORDS], order[RECORDS : 2 * RECORDS])
+
+
+def test_batches_equal_batch_at(make):
+    train = make()
+    assert_same(take(train, 6), [train.batch_at(step) for step in range(6)])
+
+
+def test_resume_equals_the_unbroken_stream(make):
+    unbroken = take(make(), 12)
+    for start in (1, 5, 11):
+        assert_same(take(make(), 12 - start, start), unbroken[start:])
+
+
+@pytest.mark.parametrize("threads", [0, 1, 5])
+def test_thread_count_changes_nothing(make, threads):
+    assert_same(take(make(threads=threads), 6), take(make(), 6))
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_together_are_one_host(make, hosts):
+    parts = [take(make(host_index=h, host_count=hosts), 6) for h in range(hosts)]
+    joined = [
+        {name: np.concatenate([part[name] for part in step]) for name in step[0]}
+        for step in zip(*parts, strict=True)
+    ]
+    assert_same(joined, take(make(), 6))
+
+
+def test_seed_changes_order_and_draws(make):
+    a, b = take(make(), 1)[0], take(make(seed=8), 1)[0]
+    assert not np.array_equal(a["index"], b["index"])
+
+
+def test_draws_differ_between_visits_and_hosts(source, tokenizer, make):
+    """One record drawn many times gets many captions, flips and augmentations."""
+    batches = take(make(), 60)
+    images, texts = Counter(), Counter()
+    for batch in batches:
+        for row in np.flatnonzero(batch["index"] == 3):
+            images[batch["image"][row].tobytes()] += 1
+            texts[batch["token_ids"][row].tobytes()] += 1
+    assert texts.total() == 16 and len(texts) == 3
+    assert len(images) >= 6
+
+    def draws(host: int) -> list[float]:
+        """The random numbers behind a host's rows, seen through a constant picture's flips."""
+        part = take(make(host_index=host, host_count=2, randaugment_ops=0), 20)
+        plain = [resize_image(decode_image(source[n].image), SIZE) for n in range(RECORDS)]
+        return [
+            float(np.array_equal(batch["image"][row], plain[batch["index"][row]]))
+            for batch in part
+            for row in range(4)
+        ]
+
+    first, second = draws(0), draws(1)
+    assert 20 < sum(first) < 60 and 20 < sum(second) < 60
+    assert 20 < sum(a != b for a, b in zip(first, second, strict=True)) < 60
+
+
+def test_worker_processes_change_nothing_and_leave_nothing(make):
+    expected = take(make(), 5, start=2)
+    assert_same(take(make(workers=2, threads=1), 5, start=2), expected)
+    assert multiprocessing.active_children() == []
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+STREAM = """
+import multiprocessing, sys
+from flip_jax.config import DataConfig
+from flip_jax.data.pipeline import TrainPipeline
+from flip_jax.data.records import RecordSource
+from flip_jax.data.tokenizer import Tokenizer
+if __name__ == "__main__":
+    source = RecordSource(sys.argv[1], "train")
+    cfg = DataConfig(batch_size=8, threads=1, workers=int(sys.argv[2]))
+    train = TrainPipeline(source, Tokenizer.load("grammar", 12), cfg, 16, seed=7)
+    with train.batches() as stream:
+        batches = [next(stream) for _ in range(3)]
+        print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+        if sys.argv[3:] == ["wait"]:
+            sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def script(tmp_path) -> Path:
+    path = tmp_path / "stream.py"
+    path.write_text(STREAM)
+    return path
+
+
+def test_runs_in_a_bare_interpreter_without_complaint(source, script):
+    """No parsed flags, warnings are errors, and nothing is printed on the way out."""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    for workers in ("0", "2"):
+        done = subprocess.run(
+            [sys.executable, "-W", "error", str(script), str(source.path), workers],
+            capture_output=True,
+            text=True,
+            env=env,
+            timeout=60,
+        )
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+
+
+def test_workers_end_when_the_parent_is_killed(source, script):
+    if sys.platform != "linux":
+        pytest.skip("needs /proc to list processes")
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    parent = subprocess.Popen(
+        [sys.executable, str(script), str(source.path), "2", "wait"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=env,
+    )
+    workers = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(workers) == 2 and all("spawn_main" in command_line(pid) for pid in workers)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    deadline = time.monotonic() + 10
+    while any(command_line(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(command_line(pid) for pid in workers)
+    parent.stdin.close()
+    parent.stdout.close()
+
+
+def test_pipeline_itself_uses_no_jax():
+    tree = ast.parse(Path(pipeline.__file__).read_text())
+    names = {
+        name.name if isinstance(node, ast.Import) else node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in node.names
+    }
+    assert not any(name.split(".")[0] == "jax" for name in names)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"host_count": 3}, "batch_size=8 does not divide over 3 hosts"),
+        ({"batch_size": 31}, "more than the 30 records"),
+        ({"host_index": 2, "host_count": 2}, "host_index=2"),
+    ],
+)
+def test_impossible_settings(make, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(**changes)
+
+
+def test_a_closed_stream_ends(make):
+    stream = make().batches()
+    next(stream)
+    stream.close()
+    stream.close()
+    with pytest.raises(ValueError, match="closed"):
+        next(stream)
+
+
+# --- dirt
+
+
+def spoiled(numbers: dict[int, str]) -> list[Record]:
+    """The clean records with some of them broken."""
+    out = []
+    for number in range(RECORDS):
+        item = record(number)
+        fields = {name: getattr(item, name) for name in Record.__struct_fields__}
+        if numbers.get(number) == "truncated":
+            fields["image"] = item.image[:-40]
+        elif numbers.get(number) == "no caption":
+            fields["captions"] = []
+        out.append(Record(**fields))
+    return out
+
+
+@pytest.fixture(scope="module")
+def dirty(tmp_path_factory) -> RecordSource:
+    broken = {4: "truncated", 5: "no caption", 29: "truncated"}
+    return write(tmp_path_factory.mktemp("data") / "dirty", spoiled(broken))
+
+
+def dirty_pipeline(dirty, tokenizer, **changes) -> TrainPipeline:
+    cfg = dataclasses.replace(CONFIG, **{"max_bad_fraction": 0.5, **changes})
+    return TrainPipeline(dirty, tokenizer, cfg, SIZE, seed=7)
+
+
+def test_bad_records_are_replaced_by_the_next(dirty, tokenizer, make):
+    clean, train = take(make(), 15), dirty_pipeline(dirty, tokenizer)
+    with train.batches() as stream:
+        for wanted in clean:
+            batch = next(stream)
+            replaced = {4: (6, 2), 5: (6, 1), 29: (0, 1)}
+            for row, number in enumerate(wanted["index"].tolist()):
+                used, bad = replaced.get(number, (number, 0))
+                assert (batch["index"][row], batch["bad"][row]) == (used, bad)
+                if not bad:
+                    np.testing.assert_array_equal(batch["image"][row], wanted["image"][row])
+        assert (stream.seen, stream.bad) == (120, 16)
+        names = "\n".join(sorted(stream.bad_records()))
+    assert len(names.splitlines()) == 3
+    assert "id4" in names and "record" in names and "id5): no caption" in names
+    assert "train-0000" in names and "damaged JPEG" in names
+
+
+def test_too_many_bad_records_stop_the_stream(dirty, tokenizer):
+    for threads in (0, 2):
+        train = dirty_pipeline(dirty, tokenizer, max_bad_fraction=0.05, threads=threads)
+        with train.batches() as stream, pytest.raises(BadData) as error:
+            for _ in range(100):
+                next(stream)
+        assert stream.seen == 104  # the first step with 100 examples or more
+        text = str(error.value)
+        assert "max_bad_fraction=0.05" in text and "id5): no caption" in text
+        assert "python -m flip_jax.data verify" in text
+
+
+def test_a_few_bad_records_do_not_stop_the_stream(dirty, tokenizer):
+    assert len(take(dirty_pipeline(dirty, tokenizer, max_bad_fraction=0.2), 30)) == 30
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_usable_is_an_error(tmp_path, tokenizer, workers):
+    source = write(tmp_path / "data", spoiled(dict.fromkeys(range(RECORDS), "truncated")))
+    train = dirty_pipeline(source, tokenizer, workers=workers)
+    with pytest.raises(BadData, match="30 records in a row"), train.batches() as stream:
+        next(stream)
+    with pytest.raises(ValueError, match="none of 30 records"):
+        Gallery(source, tokenizer, SIZE)
+
+
+def test_flipped_bytes_on_disk_are_passed_over(tmp_path, tokenizer):
+    source = write(tmp_path / "data", [record(n) for n in range(RECORDS)])
+    file = source.path / source.manifest.splits["train"].shards[0].file
+    data = bytearray(file.read_bytes())
+    data[2000:2004] = b"\0\0\0\0"
+    file.write_bytes(bytes(data))
+    source = pickle.loads(pickle.dumps(source))
+    (bad,) = [n for n in range(RECORDS) if not readable(source, n)]
+    with dirty_pipeline(source, tokenizer).batches() as stream:
+        used = np.concatenate([next(stream)["index"] for _ in range(4)])
+        assert stream.bad == 1 and bad not in used
+        assert f"record {bad}" in stream.bad_records()[0]
+
+
+def readable(source: RecordSource, number: int) -> bool:
+    try:
+        return source[number] is not None
+    except BadRecord:
+        return False
+
+
+# --- gallery
+
+
+def test_gallery_agrees_between_pictures_and_texts(dirty, tokenizer):
+    gallery = Gallery(dirty, tokenizer, SIZE, limit=10, captions=2)
+    assert gallery.records.tolist() == [0, 1, 2, 3, 6, 7, 8, 9, 10, 11]
+    assert (gallery.images, gallery.texts, len(gallery.bad)) == (10, 20, 2)
+    np.testing.assert_array_equal(gallery.image_of, np.repeat(np.arange(10), 2))
+    assert gallery.group[4] == group_number(dirty[6].group_id)
+    batches = list(gallery.image_batches(4))
+    assert [batch["valid"].tolist() for batch in batches] == [[True] * 4] * 2 + [
+        [True, True, False, False]
+    ]
+    images = np.concatenate([batch["image"][batch["valid"]] for batch in batches])
+    for row, number in enumerate(gallery.records):
+        expected = resize_image(decode_image(dirty[number].image), SIZE)
+        np.testing.assert_array_equal(images[row], expected)
+        np.testing.assert_array_equal(gallery.thumbnail(row), expected)
+    texts = list(gallery.text_batches(8))
+    assert all(batch["token_ids"].shape == (8, 12) for batch in texts)
+    valid = np.concatenate([batch["valid"] for batch in texts])
+    ids = np.concatenate([batch["token_ids"] for batch in texts])[valid]
+    image_of = np.concatenate([batch["image_of"] for batch in texts])[valid]
+    np.testing.assert_array_equal(image_of, gallery.image_of)
+    captions = [c for number in gallery.records for c in dirty[number].captions[:2]]
+    assert [gallery.caption(text) for text in range(20)] == captions
+    np.testing.assert_array_equal(ids, tokenizer(captions)[0])
+
+
+def test_gallery_of_all_records_with_uneven_captions(tmp_path, tokenizer):
+    source = write(tmp_path / "data", [record(n, captions=n + 1) for n in range(4)])
+    gallery = Gallery(source, tokenizer, SIZE, limit=None, captions=3)
+    assert gallery.images == 4
+    assert gallery.image_of.tolist() == [0, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert gallery.caption(8) == source[3].captions[2]
+
+
+def test_gallery_refuses_nonsense(source, tokenizer):
+    for changes in ({"limit": 0}, {"captions": 0}):
+        with pytest.raises(ValueError, match="1 or more"):
+            Gallery(source, tokenizer, SIZE, **changes)

@@ -1,0 +1,284 @@
+"""Decoding of every kind of picture, resizing against Pillow, augmentation against its formulas."""
+
+import contextlib
+import io
+import subprocess
+import sys
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+import simplejpeg
+from PIL import Image, ImageEnhance, ImageOps
+
+from flip_jax.data import transforms
+from flip_jax.data.transforms import BadImage, decode_image, image_size, resize_image
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """A smooth colourful picture, no two corners alike; survives JPEG nearly unchanged."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (5, 4, 3), dtype=np.uint8)
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def encode(image: Image.Image, file_format: str = "JPEG", **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, file_format, **options)
+    return out.getvalue()
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
+    return 10 * np.log10(255**2 / error)
+
+
+def test_imports_no_jax():
+    code = "import sys, flip_jax.data.transforms; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_decode_jpeg_is_close_to_what_was_encoded():
+    image = picture(50, 40)
+    data = transforms.encode_jpeg(image)
+    assert decode_image(data).shape == (50, 40, 3)
+    assert decode_image(data).flags.c_contiguous
+    assert psnr(decode_image(data), image) > 40
+    assert image_size(data) == (50, 40)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
+def test_decode_jpeg_modes_match_pillow(mode):
+    data = encode(Image.fromarray(picture(31, 47)).convert(mode), quality=95)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+    assert np.abs(decode_image(data).astype(int) - expected).max() <= 2
+    assert image_size(data) == (31, 47)
+
+
+def test_grey_jpeg_has_three_equal_channels():
+    image = decode_image(encode(Image.fromarray(picture(20, 20)).convert("L")))
+    assert (image[..., :1] == image).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation):
+    exif = Image.Exif()
+    exif[0x010F] = "a camera"  # an entry before the one that counts
+    exif[0x0112] = orientation
+    data = encode(Image.fromarray(picture(30, 50)), quality=95, exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    assert image_size(data) == expected.shape[:2]
+    assert np.abs(decode_image(data).astype(int) - expected).max() <= 2
+
+
+def test_big_endian_and_broken_exif():
+    plain = encode(Image.fromarray(picture(30, 50)))
+
+    def with_exif(tiff: bytes) -> bytes:
+        body = b"Exif\0\0" + tiff
+        return plain[:2] + b"\xff\xe1" + (len(body) + 2).to_bytes(2, "big") + body + plain[2:]
+
+    entry = bytes.fromhex("0112 0003 00000001 0006 0000")
+    assert image_size(with_exif(b"MM\0\x2a\0\0\0\x08\0\x01" + entry + bytes(4))) == (50, 30)
+    for broken in (b"", b"MM", b"XX\0\x2a\0\0\0\x08", b"II\x2a\0\xff\xff\xff\xff"):
+        assert image_size(with_exif(broken)) == (30, 50)
+        assert decode_image(with_exif(broken)).shape == (30, 50, 3)
+
+
+@pytest.mark.parametrize(
+    ("mode", "file_format"),
+    [("RGB", "PNG"), ("RGBA", "PNG"), ("P", "PNG"), ("LA", "PNG"), ("RGB", "WEBP"), ("P", "GIF")],
+)
+def test_other_formats_are_accepted(mode, file_format):
+    data = encode(Image.fromarray(picture(24, 18)).convert(mode), file_format)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(decode_image(data), expected)
+    assert image_size(data) == (24, 18)
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
+def test_bad_bytes_raise_bad_image(file_format):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    whole = encode(Image.fromarray(noise), file_format)
+    for data in (b"", b"not a picture", whole[:30], whole[: len(whole) // 2], whole[:-200]):
+        with pytest.raises(BadImage):
+            decode_image(data)
+
+
+def test_flipped_bytes_in_a_jpeg_never_crash():
+    whole = bytearray(encode(Image.fromarray(picture(64, 64))))
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        data = bytearray(whole)
+        for position in rng.integers(2, len(data), 5):
+            data[position] ^= int(rng.integers(1, 256))
+        with contextlib.suppress(BadImage):
+            assert decode_image(bytes(data)).ndim == 3
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
+def test_header_that_claims_too_many_pixels_is_refused(file_format):
+    data = bytearray(encode(Image.fromarray(picture(16, 16)), file_format))
+    if file_format == "JPEG":
+        start = data.index(b"\xff\xc0") + 5
+        data[start : start + 4] = (16_384).to_bytes(2, "big") * 2
+    else:
+        data[16:24] = (16_384).to_bytes(4, "big") * 2
+        data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    for read in (image_size, decode_image):
+        with pytest.raises(BadImage, match="pixels"):
+            read(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "least_db"),
+    [(218, 178, 44), (100, 80, 44), (512, 512, 90), (256, 209, 90), (60, 400, 90)],
+)
+def test_resize_matches_pillow(height, width, least_db):
+    image = picture(height, width)
+    noisy = np.random.default_rng(1).integers(-9, 10, image.shape)
+    image = np.clip(image + cv2.blur(noisy.astype(np.float32), (3, 3)), 0, 255).astype(np.uint8)
+    expected = Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC)
+    out = resize_image(image, 224)
+    assert out.shape == (224, 224, 3) and out.dtype == np.uint8
+    assert psnr(out, np.asarray(expected) + 1e-9) > least_db
+
+
+def test_resize_antialiases():
+    stripes = np.zeros((448, 448, 3), np.uint8)
+    stripes[:, ::2] = 255
+    assert np.ptp(resize_image(stripes, 56)[4:-4, 4:-4].astype(int)) <= 2
+
+
+def test_resize_to_the_same_size_changes_nothing():
+    image = picture(64, 64)
+    np.testing.assert_array_equal(resize_image(image, 64), image)
+
+
+def test_flip_mirrors_image_and_landmarks_half_of_the_time():
+    image = picture(20, 31)
+    marked = image.copy()
+    marked[7, 4] = (255, 0, 255)
+    landmarks = np.array([[4, 7], [0, 0], [30, 19]], np.float32)
+    rng = np.random.default_rng(0)
+    flips = 0
+    for _ in range(200):
+        out, points = transforms.random_flip(marked, rng, landmarks)
+        x, y = points[0].astype(int)
+        np.testing.assert_array_equal(out[y, x], (255, 0, 255))
+        flips += x != 4
+    assert 70 < flips < 130
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_equalize_equals_pillow(seed):
+    image = picture(40 + seed, 33, seed) // (seed + 1)
+    expected = np.asarray(ImageOps.equalize(Image.fromarray(image)))
+    np.testing.assert_array_equal(transforms.equalize(image), expected)
+
+
+def test_equalize_keeps_a_constant_picture():
+    image = np.full((30, 30, 3), 77, np.uint8)
+    np.testing.assert_array_equal(transforms.equalize(image), image)
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.64, 1.0, 1.9])
+def test_brightness_and_sharpness_match_pillow(factor):
+    image = np.random.default_rng(0).integers(0, 256, (30, 41, 3), dtype=np.uint8)
+    for ours, theirs in (
+        (transforms.brightness, ImageEnhance.Brightness),
+        (transforms.sharpness, ImageEnhance.Sharpness),
+    ):
+        expected = np.asarray(theirs(Image.fromarray(image)).enhance(factor)).astype(int)
+        assert np.abs(ours(image, factor).astype(int) - expected).max() <= 1
+
+
+class Draws:
+    """Stands in for a Generator: hands out given numbers, so that one operation is certain."""
+
+    def __init__(self, name: str, sign: float):
+        self.name, self.numbers = name, [0.0, sign]
+
+    def integers(self, high, size):
+        return np.array([transforms.AUGMENT_OPS.index(self.name)])
+
+    def random(self):
+        return self.numbers.pop(0)
+
+
+def augment(image: np.ndarray, name: str, sign: float, level: int = 5) -> np.ndarray:
+    return transforms.rand_augment(image, Draws(name, sign), ops=1, level=level)
+
+
+@pytest.mark.parametrize("name", ["Identity", "Brightness", "Sharpness"])
+def test_no_ops_of_level_5(name):
+    image = picture(32, 32)
+    np.testing.assert_array_equal(augment(image, name, 0.0), image)
+
+
+@pytest.mark.parametrize(("sign", "shift"), [(0.2, -5), (0.8, 5)])
+def test_translate_moves_5_px_and_fills_grey(sign, shift):
+    image = picture(40, 40)
+    for name, axis in (("TranslateX", 1), ("TranslateY", 0)):
+        out = np.swapaxes(augment(image, name, sign), 0, axis)
+        source = np.swapaxes(image, 0, axis)
+        if shift > 0:
+            np.testing.assert_array_equal(out[5:], source[:-5])
+            assert (out[:5] == 128).all()
+        else:
+            np.testing.assert_array_equal(out[:-5], source[5:])
+            assert (out[-5:] == 128).all()
+
+
+@pytest.mark.parametrize(("sign", "shear"), [(0.2, 0.15), (0.8, -0.15)])
+def test_shear_is_anchored_top_left(sign, shear):
+    image = picture(100, 100)
+    for name, axes in (("ShearX", (0, 1)), ("ShearY", (1, 0))):
+        out = np.moveaxis(augment(image, name, sign), axes, (0, 1))
+        source = np.moveaxis(image, axes, (0, 1))
+        np.testing.assert_array_equal(out[0], source[0])
+        for row in (20, 40, 80):  # whole-pixel shifts of shear * row
+            moved = np.roll(source[row], round(shear * row), axis=0)
+            inner = slice(15, -15)
+            assert np.abs(out[row][inner].astype(int) - moved[inner]).max() <= 1
+
+
+@pytest.mark.parametrize(("sign", "degrees"), [(0.2, -15), (0.8, 15)])
+def test_rotate_matches_pillow(sign, degrees):
+    image = picture(90, 90)
+    # OpenCV turns about the pixel at (W/2, H/2), Pillow about the corner between pixels.
+    expected = Image.fromarray(image).rotate(
+        degrees, Image.Resampling.BILINEAR, center=(45.5, 45.5), fillcolor=(128, 128, 128)
+    )
+    out = augment(image, "Rotate", sign)[25:-25, 25:-25].astype(int)
+    assert np.abs(out - np.asarray(expected)[25:-25, 25:-25]).max() <= 3
+    assert (augment(image, "Rotate", sign)[0, 0] == 128).all()
+
+
+def test_augment_uses_all_ops_at_the_right_rates():
+    image = picture(24, 24)
+    rng = np.random.default_rng(0)
+    unchanged = sum(np.array_equal(transforms.rand_augment(image, rng), image) for _ in range(1200))
+    # An op changes the picture with p = 1/2 * 6/9, so two leave it alone with p = 4/9.
+    assert abs(unchanged / 1200 - 4 / 9) < 0.05
+
+
+def test_augment_is_a_function_of_the_generator():
+    image = picture(24, 24)
+    for seed in range(20):
+        first = transforms.rand_augment(image, np.random.default_rng(seed))
+        np.testing.assert_array_equal(
+            first, transforms.rand_augment(image, np.random.default_rng(seed))
+        )
+    assert transforms.rand_augment(image, np.random.default_rng(0), ops=0) is image
+
+
+@pytest.mark.parametrize(("ops", "level"), [(-1, 5), (2, -1), (2, 11)])
+def test_augment_refuses_bad_settings(ops, level):
+    with pytest.raises(ValueError, match="rand_augment"):
+        transforms.rand_augment(picture(8, 8), np.random.default_rng(0), ops, level)
+
+
+def test_encode_jpeg_keeps_full_chroma():
+    assert simplejpeg.decode_jpeg_header(transforms.encode_jpeg(picture(16, 16)))[3] == "444"
