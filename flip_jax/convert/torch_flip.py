@@ -11,11 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 from flip_jax.config import ModelConfig
+from flip_jax.models import flip
+from flip_jax.named_arrays import named_leaves, nested
 
 _VISION, _TEXT = "visual_encoder", "text_encoder"
+QUEUE_NAMES = ("image_queue", "text_queue", "idx_queue", "ptr_queue")
 _VISION_BLOCK = {
     "self_attn.k_proj": "attn/key",
     "self_attn.v_proj": "attn/value",
@@ -118,6 +122,44 @@ def _to_official(value: np.ndarray, layout: str) -> np.ndarray:
     return value
 
 
+def official_shapes(cfg: ModelConfig, *, twin: bool = False) -> dict[str, tuple[int, ...]]:
+    """Official name -> official shape of every trained tensor, in the official order."""
+    ours = named_leaves(jax.eval_shape(lambda: flip.init_params(cfg, 0.07, jax.random.key(0))))
+
+    def shape(entry: Entry) -> tuple[int, ...]:
+        own = ours[entry.path].shape
+        view = np.broadcast_to(np.int8(0), own if entry.layer is None else own[1:])
+        return _to_official(view, entry.layout).shape
+
+    return {entry.official_name(twin): shape(entry) for entry in entries(cfg, twin=twin)}
+
+
+def tree_from_official(
+    state: Mapping[str, np.ndarray], wanted: list[Entry], *, twin: bool = False
+) -> dict:
+    """Our nested dict of the `wanted` entries from an official state dict.
+
+    Raises:
+      KeyError: listing every official name that is missing.
+    """
+    missing = [n for e in wanted if (n := e.official_name(twin)) not in state]
+    if missing:
+        raise KeyError(f"official state dict lacks {len(missing)} tensors: {', '.join(missing)}")
+    leaves: dict[str, list[np.ndarray]] = {}
+    for entry in wanted:
+        value = _to_ours(np.asarray(state[entry.official_name(twin)]), entry.layout)
+        leaves.setdefault(entry.path, []).append(value)
+    stacked = {e.path for e in wanted if e.layer is not None}
+    return nested(
+        {
+            path: np.stack(leaves[path])
+            if path in stacked
+            else np.array(leaves[path][0], order="C")
+            for path in list(leaves)
+        }
+    )
+
+
 def params_from_official(
     state: Mapping[str, np.ndarray], cfg: ModelConfig, *, twin: bool = False
 ) -> dict:
@@ -130,23 +172,7 @@ def params_from_official(
     Raises:
       KeyError: listing every official name that is missing.
     """
-    wanted = entries(cfg, twin=twin)
-    missing = [n for e in wanted if (n := e.official_name(twin)) not in state]
-    if missing:
-        raise KeyError(f"official state dict lacks {len(missing)} tensors: {', '.join(missing)}")
-    leaves: dict[str, list[np.ndarray]] = {}
-    for entry in wanted:
-        value = _to_ours(np.asarray(state[entry.official_name(twin)]), entry.layout)
-        leaves.setdefault(entry.path, []).append(value)
-    stacked = {e.path for e in wanted if e.layer is not None}
-    tree: dict = {}
-    for path, values in leaves.items():
-        *parents, leaf = path.split("/")
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[leaf] = np.stack(values) if path in stacked else np.ascontiguousarray(values[0])
-    return tree
+    return tree_from_official(state, entries(cfg, twin=twin), twin=twin)
 
 
 def params_to_official(params: dict, cfg: ModelConfig, *, twin: bool = False) -> dict:
@@ -157,7 +183,8 @@ def params_to_official(params: dict, cfg: ModelConfig, *, twin: bool = False) ->
         for name in entry.path.split("/"):
             value = value[name]
         value = np.asarray(value) if entry.layer is None else np.asarray(value[entry.layer])
-        state[entry.official_name(twin)] = np.ascontiguousarray(_to_official(value, entry.layout))
+        # Not np.ascontiguousarray: it gives the 0-dim temperature one dimension.
+        state[entry.official_name(twin)] = np.asarray(_to_official(value, entry.layout), order="C")
     return state
 
 
@@ -167,7 +194,7 @@ def queue_from_official(state: Mapping[str, np.ndarray]) -> dict:
         "image": np.ascontiguousarray(np.asarray(state["image_queue"]).T),
         "text": np.ascontiguousarray(np.asarray(state["text_queue"]).T),
         "group": np.asarray(state["idx_queue"])[0].astype(np.int32),
-        "pointer": np.asarray(state["ptr_queue"])[0].astype(np.int32),
+        "pointer": np.asarray(state["ptr_queue"][0], np.int32),
     }
 
 
@@ -179,3 +206,46 @@ def queue_to_official(queue: dict) -> dict:
         "idx_queue": np.asarray(queue["group"], np.int64)[None],
         "ptr_queue": np.asarray(queue["pointer"], np.int64)[None],
     }
+
+
+def state_to_official(params: dict, twins: dict, queue: dict, cfg: ModelConfig) -> dict:
+    """The whole official state dict: names, order, layouts, dtypes, `position_ids` included."""
+    state = params_to_official(params, cfg)
+    ordered = {"temp": state.pop("temp")} | queue_to_official(queue)
+    ordered |= state | params_to_official(twins, cfg, twin=True)
+    ids = position_ids(cfg)
+    return {
+        name: value
+        for key, tensor in ordered.items()
+        for name, value in _with_position_ids(key, tensor, ids)
+    }
+
+
+def position_ids(cfg: ModelConfig) -> dict[str, np.ndarray]:
+    """The constant int64 buffers (1, n) of the four towers: 0 .. n-1."""
+    lengths = {
+        f"{_VISION}{{}}.vision_model.embeddings.position_ids": cfg.vision.patches + 1,
+        f"{_TEXT}{{}}.embeddings.position_ids": cfg.text.positions,
+    }
+    return {
+        name.format(suffix): np.arange(length, dtype=np.int64)[None]
+        for suffix in ("", "_m")
+        for name, length in lengths.items()
+    }
+
+
+def _with_position_ids(
+    key: str, tensor: np.ndarray, ids: Mapping[str, np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """`key` and, where torch puts it, its embedding's `position_ids`.
+
+    A module's own tensors come before those of its children: after `class_embedding`, which is
+    the image embedding's own, and before `word_embeddings`, the text embedding's first child.
+    """
+    module, _, leaf = key.partition("embeddings.")
+    name = f"{module}embeddings.position_ids"
+    if leaf == "word_embeddings.weight":
+        yield name, ids[name]
+    yield key, tensor
+    if leaf == "class_embedding":
+        yield name, ids[name]

@@ -22,7 +22,7 @@ from flip_jax.data.records import (
     encode_record,
     file_sha256,
 )
-from flip_jax.data.transforms import BadImage, image_size, is_jpeg
+from flip_jax.data.transforms import BadImage, jpeg_size
 
 # One record per chunk: a random read then decompresses nothing but its own record.
 _WRITER_OPTIONS = "group_size:1"
@@ -79,18 +79,21 @@ class RecordWriter:
         """Appends one record.
 
         Raises:
-          ValueError: an id that was written before, a bad split name, or `image` is no JPEG.
+          ValueError: an id that was written before, a bad split name, or `image` is no JPEG
+            (`BadImage`).
           OSError: the disk refuses.
         """
         if not split.isidentifier():
             raise ValueError(f"split {split!r} must be a plain word such as 'train' or 'test'")
         if record.id in self._ids:
             raise ValueError(f"record id {record.id!r} was written before; ids must be unique")
-        if not is_jpeg(record.image):
-            raise BadImage(f"record {record.id!r}: the image is not a JPEG file")
+        try:
+            size = jpeg_size(record.image)
+        except BadImage as error:
+            raise BadImage(f"record {record.id!r}: {error}") from error
         if split not in self._writers:
             self._writers[split] = _SplitWriter(self._folder, split, self._shard_bytes)
-        self._writers[split].write(record)
+        self._writers[split].write(record, *size)
         self._ids.add(record.id)
 
     def __exit__(self, kind, value, traceback) -> None:
@@ -134,8 +137,7 @@ class _SplitWriter:
         self._writer = None
         self._bytes = 0  # in the open shard
 
-    def write(self, record: Record) -> None:
-        height, width = image_size(record.image)
+    def write(self, record: Record, height: int, width: int) -> None:
         data = encode_record(record)
         split = self.split
         with _disk_errors():

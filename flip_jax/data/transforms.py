@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Iterator
 
 import cv2
 import numpy as np
@@ -33,6 +34,7 @@ AUGMENT_OPS = (
 )
 AUGMENT_MAX_LEVEL = 10
 _FILL = (128, 128, 128)
+_JPEG_START = b"\xff\xd8\xff"
 
 # EXIF orientation -> the turn that makes the stored rows upright; 1 = none.
 _TURNS = {
@@ -50,20 +52,14 @@ class BadImage(ValueError):
     """The bytes are not a picture that can be decoded whole."""
 
 
-def image_size(data: bytes) -> tuple[int, int]:
-    """Reads (height, width) as shown, from the header alone.
+def jpeg_size(data: bytes) -> tuple[int, int]:
+    """Reads (height, width) of a JPEG as it is shown, from the header alone.
 
     Raises:
-      BadImage: no known image header, or more than `MAX_PIXELS` pixels.
+      BadImage: no JPEG header, or more than `MAX_PIXELS` pixels.
     """
-    if is_jpeg(data):
-        height, width, _ = _jpeg_header(data)
-        turned = _jpeg_orientation(data) >= 5
-    else:
-        with _open(data) as image:
-            width, height = image.size
-            turned = image.getexif().get(0x0112, 1) >= 5
-    return (width, height) if turned else (height, width)
+    height, width, _ = _jpeg_header(data)
+    return (width, height) if _jpeg_orientation(data) >= 5 else (height, width)
 
 
 def decode_image(data: bytes) -> np.ndarray:
@@ -82,7 +78,7 @@ def decode_image(data: bytes) -> np.ndarray:
     Raises:
       BadImage: empty, unknown format, truncated or corrupt data, or more than `MAX_PIXELS` pixels.
     """
-    if is_jpeg(data):
+    if data[:3] == _JPEG_START:
         _, _, colorspace = _jpeg_header(data)
         if colorspace not in ("CMYK", "YCCK"):  # Pillow knows Adobe's inverted CMYK
             try:
@@ -135,10 +131,6 @@ def prepare_image(data: bytes, max_side: int | None, quality: int) -> tuple[byte
     if _is_plain_jpeg(data):
         return data, False
     return encode_jpeg(image, quality), True
-
-
-def is_jpeg(data: bytes) -> bool:
-    return data[:3] == b"\xff\xd8\xff"
 
 
 def resize_image(image: np.ndarray, size: int) -> np.ndarray:
@@ -302,19 +294,25 @@ def _jpeg_header(data: bytes) -> tuple[int, int, str]:
     return height, width, colorspace
 
 
-def _jpeg_orientation(data: bytes) -> int:
-    """Returns the EXIF orientation, 1 to 8; 1 where there is none or it cannot be read.
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yields marker and content of each header segment.
 
-    Pillow would parse the whole EXIF block; this walk over the segments costs microseconds.
+    Pillow would parse all of them; this walk costs microseconds.
     """
     position = 2
     while data[position : position + 1] == b"\xff" and position + 4 <= len(data):
         marker, length = struct.unpack_from(">BH", data, position + 1)
         if marker == 0xDA:  # start of scan: no header segment follows
-            break
-        if marker == 0xE1 and data[position + 4 : position + 10] == b"Exif\0\0":
-            return _tiff_orientation(data[position + 10 : position + 2 + length])
+            return
+        yield marker, data[position + 4 : position + 2 + length]
         position += 2 + length
+
+
+def _jpeg_orientation(data: bytes) -> int:
+    """Returns the EXIF orientation, 1 to 8; 1 where there is none or it cannot be read."""
+    for marker, content in _jpeg_segments(data):
+        if marker == 0xE1 and content.startswith(b"Exif\0\0"):
+            return _tiff_orientation(content[6:])
     return 1
 
 
@@ -335,13 +333,13 @@ def _tiff_orientation(tiff: bytes) -> int:
 
 
 def _is_plain_jpeg(data: bytes) -> bool:
-    with Image.open(io.BytesIO(data)) as image:
-        return (
-            image.format == "JPEG"
-            and image.mode == "RGB"
-            and "progressive" not in image.info
-            and image.getexif().get(0x0112, 1) == 1
-        )
+    """Whether it is a baseline (not progressive) colour JPEG that needs no turning."""
+    return (
+        data[:3] == _JPEG_START
+        and _jpeg_header(data)[2] in ("YCbCr", "RGB")
+        and any(marker == 0xC0 for marker, _ in _jpeg_segments(data))
+        and _jpeg_orientation(data) == 1
+    )
 
 
 def _open(data: bytes) -> Image.Image:

@@ -1,0 +1,116 @@
+"""Weight files of others: PyTorch pickles and safetensors, read without running any code."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flip_jax.convert.conversion import ConversionError, import_torch
+
+# In a Hugging Face folder, in order of preference.
+_FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+_SAVE_ADVICE = (
+    "Unpickling it could run code, so it is not opened. Where you trust the file, load it once "
+    "in a sandbox and save its tensors alone: torch.save(model.state_dict(), 'weights.pth')"
+)
+
+
+def read_tensors(path: Path, *, under: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+    """The tensors of a .pth, .pt, .bin or .safetensors file, or of a Hugging Face folder.
+
+    Floating-point tensors come as float32, all others as they are. Large files are mapped, not
+    read: arrays may share memory with the file and must not be written to.
+
+    Args:
+      path: the file, or a folder with model.safetensors or pytorch_model.bin, sharded or not.
+      under: keys of a pickled dict that may hold the tensors (`model`, `state_dict`); the first
+        that is there counts, else the dict itself.
+
+    Raises:
+      FileNotFoundError: no such file, or nothing of the kind in the folder.
+      ConversionError: not a dict of tensors, or a pickle that holds more than tensors.
+      ImportError: PyTorch is not installed.
+    """
+    tensors: dict[str, Any] = {}
+    for file in _weight_files(path):
+        if file.suffix == ".safetensors":
+            tensors |= _read_safetensors(file)
+        else:
+            tensors |= _read_pickle(file, under)
+    return {name: _float32_array(name, tensor, path) for name, tensor in tensors.items()}
+
+
+def read_config(path: Path) -> dict[str, Any] | None:
+    """config.json of a Hugging Face folder; None for a file or a folder without one."""
+    file = path / "config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"no file or folder {path}")
+    for name in _FOLDER_FILES:
+        if (path / name).is_file():
+            return [path / name]
+        index = path / f"{name}.index.json"
+        if index.is_file():
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            return [path / shard for shard in sorted(set(shards))]
+    raise FileNotFoundError(f"{path} holds none of {', '.join(_FOLDER_FILES)}")
+
+
+def _read_safetensors(file: Path) -> dict[str, Any]:
+    import_torch()
+    import safetensors
+    import safetensors.torch  # not .numpy, which has no bfloat16
+
+    try:
+        return safetensors.torch.load_file(file)
+    except safetensors.SafetensorError as error:
+        raise ConversionError(f"{file} is not a whole safetensors file: {error}") from error
+
+
+def _read_pickle(file: Path, under: tuple[str, ...]) -> dict[str, Any]:
+    torch = import_torch()
+    try:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):  # files older than torch 1.6 cannot be mapped
+                raise
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise ConversionError(
+            f"{file} holds more than tensors and plain values ({reason}). {_SAVE_ADVICE}"
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConversionError(
+            f"{file} cannot be read by torch.load(weights_only=True): {reason}. If it is a "
+            f"TorchScript archive: {_SAVE_ADVICE}"
+        ) from error
+    for key in under:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not content:
+        raise ConversionError(f"{file} holds a {type(content).__name__}, not a dict of tensors")
+    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def _float32_array(name: str, tensor: Any, path: Path) -> np.ndarray:
+    if not hasattr(tensor, "detach"):
+        raise ConversionError(
+            f"{path}: {name} is a {type(tensor).__name__}, not a tensor; the state dict must be "
+            "the whole content or lie under the key that the format names"
+        )
+    tensor = tensor.detach()
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()

@@ -1,0 +1,143 @@
+"""Weights with what belongs to them: config and vocabulary. Read from a checkpoint or an export.
+
+An export is a folder of three files that need neither Orbax nor flip_jax to be read:
+
+    model.safetensors   the parameters, named as in a checkpoint: `vit/blocks/attn/query/kernel`
+    config.json         layout version, config, vocabulary hash, step
+    vocab.txt           the vocabulary, [DEC] and [ENC] included
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import flip_jax
+from flip_jax import config
+from flip_jax.checkpoint import load_params, read_meta
+from flip_jax.config import Config
+from flip_jax.data.tokenizer import Tokenizer
+from flip_jax.models import flip
+from flip_jax.named_arrays import mismatches, named_leaves, nested
+
+LAYOUT_VERSION = 1
+FORMAT = "flip_jax"
+EXPORT_FILES = ("config.json", "model.safetensors", "vocab.txt")
+VOCAB_FILE = "vocab.txt"  # also beside the items of a checkpoint that brings its vocabulary
+
+
+@dataclass(frozen=True)
+class Weights:
+    params: dict[str, Any]  # nested dict of numpy arrays, all parameters
+    cfg: Config
+    meta: dict[str, Any]  # `step`, `vocab_hash` and what else is stored
+
+
+def read_weights(path: Path) -> Weights:
+    """All parameters of a checkpoint, a workdir (newest complete step) or an export.
+
+    Raises:
+      FileNotFoundError: none of them there.
+      ValueError: it holds only a part of a model, or belongs to another version.
+      OSError: stored data is damaged.
+      ImportError: safetensors is not installed.
+    """
+    if is_export(path):
+        meta, params = _read_export(path)
+    else:
+        meta, params = read_meta(path), load_params(path)
+    cfg = config.from_dict(meta["config"])
+    leaves = named_leaves(params)
+    described = {n: {"dtype": str(v.dtype), "shape": list(v.shape)} for n, v in leaves.items()}
+    wanted = jax.eval_shape(lambda: flip.init_params(cfg.model, 1.0, jax.random.key(0)))
+    if problems := mismatches(described, named_leaves(wanted)):
+        raise ValueError(
+            f"{path} is not a whole model of its config: {'; '.join(problems)}. Part of a model "
+            "(an image or text tower) is the start of a run: config.init.vision, config.init.text"
+        )
+    return Weights(params, cfg, meta)
+
+
+def is_export(path: Path) -> bool:
+    """Whether `path` is an export and not a checkpoint."""
+    return (path / "model.safetensors").is_file()
+
+
+def read_tokenizer(path: Path, weights: Weights, name: str | None = None) -> Tokenizer:
+    """The vocabulary the weights were trained with.
+
+    Args:
+      path: where `weights` are from; a vocab.txt there counts before the config.
+      name: as `Tokenizer.load` takes it, in place of `data.tokenizer` of the config.
+
+    Raises:
+      OSError: it is not there or cannot be had.
+      ValueError: it is another vocabulary than the one the weights were trained with.
+    """
+    beside = path / VOCAB_FILE
+    name = name or (str(beside) if beside.is_file() else weights.cfg.data.tokenizer)
+    tokenizer = Tokenizer.load(name, weights.cfg.model.text.max_length)
+    if tokenizer.vocab_hash != weights.meta["vocab_hash"]:
+        raise ValueError(
+            f"{path} was trained with the vocabulary of hash {weights.meta['vocab_hash']}; "
+            f"{name!r} has {tokenizer.vocab_hash}. Give the right one as `tokenizer`"
+        )
+    return tokenizer
+
+
+def write_export(folder: Path, weights: Weights, tokenizer: Tokenizer) -> None:
+    """Writes the export folder; it must not be there.
+
+    Raises:
+      ImportError: safetensors is not installed.
+    """
+    save_file = _safetensors().save_file
+    folder.mkdir(parents=True)
+    described = {
+        "format": FORMAT,
+        "layout_version": LAYOUT_VERSION,
+        "flip_jax_version": flip_jax.__version__,
+        "step": weights.meta["step"],
+        "vocab_hash": tokenizer.vocab_hash,
+        "config": config.to_dict(weights.cfg),
+    }
+    # Stored in C order, whatever the order in memory.
+    leaves = named_leaves(weights.params).items()
+    arrays = {name: np.require(leaf, requirements="C") for name, leaf in leaves}
+    save_file(arrays, folder / "model.safetensors", metadata={"format": FORMAT})
+    tokenizer.save_vocab(folder / VOCAB_FILE)
+    (folder / "config.json").write_text(json.dumps(described, indent=2), encoding="utf-8")
+
+
+def _read_export(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        meta = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}/config.json cannot be read: {error}") from error
+    if not isinstance(meta, Mapping) or meta.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder} is no flip_jax export. Weights of CLIP, BERT, FaRL or the official FLIP "
+            "are brought in with `python -m flip_jax.convert --from ...`"
+        )
+    if meta["layout_version"] != LAYOUT_VERSION:
+        raise ValueError(
+            f"{folder} has layout version {meta['layout_version']}, this flip_jax reads "
+            f"{LAYOUT_VERSION}; use the flip_jax that wrote it ({meta['flip_jax_version']})"
+        )
+    return meta, nested(_safetensors().load_file(folder / "model.safetensors"))
+
+
+def _safetensors():
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError(
+            "safetensors files need the package safetensors: pip install 'flip_jax[torch]'"
+        ) from error
+    return safetensors.numpy
