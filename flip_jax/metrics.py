@@ -99,7 +99,7 @@ class MetricsWriter:
         self._file.write(json.dumps({"step": step} | line) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            self._board.add_scalar(name.replace("@", "_at_"), value, step)
 
     def image(self, step: int, name: str, array: np.ndarray) -> None:
         """Writes a picture to TensorBoard: uint8 [H, W, 3]."""

@@ -41,7 +41,15 @@ class Run:
         path = data_path(cfg, workdir)
         self.source = RecordSource(path, cfg.data.train_split)
         size = cfg.model.vision.image_size
-        self.pipeline = TrainPipeline(self.source, self.tokenizer, cfg.data, size, cfg.seed)
+        self.pipeline = TrainPipeline(
+            self.source,
+            self.tokenizer,
+            cfg.data,
+            size,
+            cfg.seed,
+            host_index=jax.process_index(),
+            host_count=jax.process_count(),
+        )
         self.gallery = Gallery(
             RecordSource(path, cfg.data.eval_split),
             self.tokenizer,

@@ -33,11 +33,22 @@ class TextBlock(nnx.Module):
 
     def __init__(self, cfg: TextConfig, image_width: int, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.dropout = cfg.dropout
-        self.attn = Attention(cfg.width, cfg.heads, dtype=dtype, rngs=rngs)
+        std = {"in_std": cfg.init_std, "out_std": cfg.init_std}
+        self.attn = Attention(cfg.width, cfg.heads, **std, dtype=dtype, rngs=rngs)
         self.ln_attn = layer_norm(cfg.width, EPSILON, dtype, rngs)
-        self.cross = Attention(cfg.width, cfg.heads, kv_width=image_width, dtype=dtype, rngs=rngs)
+        self.cross = Attention(
+            cfg.width, cfg.heads, kv_width=image_width, **std, dtype=dtype, rngs=rngs
+        )
         self.ln_cross = layer_norm(cfg.width, EPSILON, dtype, rngs)
-        self.mlp = Mlp(cfg.width, cfg.mlp_width, exact_gelu, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(
+            cfg.width,
+            cfg.mlp_width,
+            exact_gelu,
+            up_std=cfg.init_std,
+            down_std=cfg.init_std,
+            dtype=dtype,
+            rngs=rngs,
+        )
         self.ln_mlp = layer_norm(cfg.width, EPSILON, dtype, rngs)
 
     def __call__(
@@ -70,8 +81,12 @@ class Bert(nnx.Module):
         self, cfg: TextConfig, image_width: int, *, dtype: jnp.dtype, remat: str, rngs: nnx.Rngs
     ):
         self.dropout, self.dtype, self.remat = cfg.dropout, dtype, remat
-        self.word_embed = nnx.Param(normal(0.02)(rngs.params(), (cfg.vocab_size, cfg.width)))
-        self.position_embed = nnx.Param(normal(0.02)(rngs.params(), (cfg.positions, cfg.width)))
+        self.word_embed = nnx.Param(
+            normal(cfg.init_std)(rngs.params(), (cfg.vocab_size, cfg.width))
+        )
+        self.position_embed = nnx.Param(
+            normal(cfg.init_std)(rngs.params(), (cfg.positions, cfg.width))
+        )
         self.ln_embed = layer_norm(cfg.width, EPSILON, dtype, rngs)
         self.blocks = stack_blocks(lambda r: TextBlock(cfg, image_width, dtype, r), cfg.depth, rngs)
 

@@ -72,8 +72,8 @@ class Attention(nnx.Module):
         heads: int,
         *,
         kv_width: int | None = None,
-        in_std: float = 0.02,
-        out_std: float = 0.02,
+        in_std: float,
+        out_std: float,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -123,8 +123,8 @@ class Mlp(nnx.Module):
         mlp_width: int,
         activation: Callable[[Array], Array],
         *,
-        up_std: float = 0.02,
-        down_std: float = 0.02,
+        up_std: float,
+        down_std: float,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):

@@ -1,0 +1,216 @@
+"""The whole job: it learns, stops, resumes bit for bit, and complains well."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_partition import CFG, batches
+
+from flip_jax import checkpoint, config, main
+from flip_jax.data.sources import write_drawn
+from flip_jax.metrics import NonFiniteLoss
+from flip_jax.optim import make_optimizer
+from flip_jax.train import init_state, make_train_step, train
+
+ROOT = Path(__file__).parent.parent
+DEBUG = str(ROOT / "configs" / "debug.py")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The debug faces, drawn once."""
+    return write_drawn(config.load(DEBUG).data.drawn, tmp_path_factory.mktemp("faces") / "data")
+
+
+def start(workdir, data, *extra):
+    """The command of a run, as a process with one CPU device."""
+    command = [sys.executable, "-m", "flip_jax.main", "--config", DEBUG]
+    command += ["--workdir", str(workdir), f"--config.data.path={data}", *extra]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def wait_for_step(workdir, process, step):
+    """Until the log holds `step` or more."""
+    path = workdir / "metrics.jsonl"
+    while process.poll() is None:
+        lines = path.read_text().splitlines() if path.exists() else []
+        if lines and lines[-1].endswith("}") and json.loads(lines[-1])["step"] >= step:
+            return
+        time.sleep(0.02)
+
+
+def final_state(workdir):
+    """Every array of the newest checkpoint."""
+    folder = workdir / "checkpoints"
+    meta = checkpoint.read_meta(folder)
+    return meta["step"], meta["arrays"], checkpoint.load_params(folder)
+
+
+def curve(workdir):
+    """Loss lines without what the clock says."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    clock = {"pairs_per_second", "step_seconds", "data_wait_share"}
+    return [{k: v for k, v in row.items() if k not in clock} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def unbroken(data, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("unbroken")
+    code, output = finish(start(workdir, data))
+    assert code == 0, output
+    return workdir, output
+
+
+def test_a_run_leaves_everything_it_promises(unbroken):
+    workdir, output = unbroken
+    assert "chance" in output and "untrained, cosine" in output and "reranked" in output
+    assert (workdir / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert list((workdir / "tensorboard").glob("events.out.*"))
+    results = json.loads((workdir / "results.json").read_text())
+    assert results["images"] == 24 and results["rerank_k"] == 4
+    assert set(results["trained"]) == set(results["untrained"])
+    rows = curve(workdir)
+    assert [r["step"] for r in rows if "loss" in r][-1] == 18
+    assert [r["step"] for r in rows if "eval/mean_recall" in r] == [0, 6, 12, 18]
+    assert {"loss_itc", "loss_itm", "temperature", "grad_norm", "bad_records"} <= set(rows[1])
+    step, _, _ = final_state(workdir)
+    assert step == 18
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+def test_a_broken_run_equals_an_unbroken_one(how, unbroken, data, tmp_path):
+    """Killed at a random step, resumed with other loader threads: the same bits."""
+    process = start(tmp_path, data)
+    wait_for_step(tmp_path, process, random.randint(3, 12))
+    process.send_signal(how)
+    code, output = finish(process)
+    assert code == (0 if how == signal.SIGTERM else -signal.SIGKILL), output
+    if how == signal.SIGTERM:
+        assert "the same command goes on from there" in output
+    code, output = finish(start(tmp_path, data, "--config.data.threads=1"))
+    assert code == 0, output
+
+    step, arrays, params = final_state(tmp_path)
+    expected_step, expected_arrays, expected = final_state(unbroken[0])
+    assert step == expected_step
+    assert arrays == expected_arrays  # digests of params, optimizer state, twins and queue
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    last = [row for row in curve(tmp_path) if "eval/mean_recall" in row][-1]
+    assert last == [row for row in curve(unbroken[0]) if "eval/mean_recall" in row][-1]
+
+
+def test_eval_only_repeats_the_final_numbers(unbroken, data, capsys):
+    workdir, _ = unbroken
+    before = json.loads((workdir / "results.json").read_text())
+    arguments = ["--config", DEBUG, "--workdir", str(workdir), f"--config.data.path={data}"]
+    devices = "--config.mesh.fsdp=8"  # and on eight devices
+    assert main.main([*arguments, "--eval_only", devices]) == 0, capsys.readouterr().err
+    after = json.loads((workdir / "results.json").read_text())
+    assert after["trained"] == pytest.approx(before["trained"], abs=5.0)
+
+
+def test_loss_falls_on_a_fixed_batch():
+    cfg = dataclasses.replace(CFG, model=dataclasses.replace(CFG.model, dtype="bfloat16"))
+    tx = make_optimizer(dataclasses.replace(cfg.optim, weight_decay=0.0), lambda _: 2e-3)
+    step = jax.jit(make_train_step(cfg, tx, lambda _: jnp.float32(2e-3), lambda _: 0.0))
+    state = init_state(cfg, tx)
+    (batch,) = batches(1)
+    batch["group"] = np.arange(16, dtype=np.int32)
+    losses = []
+    for _ in range(40):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert np.mean(losses[-5:]) < 0.7 * losses[0]
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state["params"]))
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(data, tmp_path):
+    cfg = config.load(DEBUG)
+    for field, value in (
+        ("data.path", str(data)),
+        ("optim.lr", "1e30"),
+        ("optim.warmup_steps", "0"),
+        ("checkpoint.every_steps", "1"),
+    ):
+        cfg = config.override(cfg, field, value)
+    with pytest.raises(NonFiniteLoss) as error:
+        train(cfg, tmp_path)
+    message = str(error.value)
+    assert "step 2: " in message and "loss_itc=" in message
+    assert "train-00000.array_record" in message and "last checkpoint is step 1" in message
+    # The state that came out of the bad step was not kept.
+    assert checkpoint.read_meta(tmp_path)["step"] == 1
+
+
+def complain(capsys, *arguments):
+    """The one line on stderr of a run that cannot start."""
+    assert main.main(["--config", DEBUG, *map(str, arguments)]) == 1
+    return capsys.readouterr().err
+
+
+def test_no_data_configured(capsys, tmp_path):
+    message = complain(capsys, "--workdir", tmp_path, "--config.data.drawn.train_identities=0")
+    for word in ("config.data.path is not set", "flip_jax.data build", "configs/demo.py"):
+        assert word in message
+
+
+def test_missing_data_folder(capsys, tmp_path):
+    message = complain(capsys, "--workdir", tmp_path, "--config.data.path=/no/such/folder")
+    assert "/no/such/folder" in message
+
+
+def test_batch_that_does_not_fit_the_devices(capsys, tmp_path, data):
+    message = complain(
+        capsys,
+        *("--workdir", tmp_path, f"--config.data.path={data}", "--config.data.batch_size=12"),
+        *("--config.loss.queue_size=36",),
+    )
+    assert "config.data.batch_size=12: must be a multiple of the 8 devices" in message
+
+
+def test_vocabulary_of_another_size(capsys, tmp_path, data):
+    message = complain(
+        capsys,
+        *("--workdir", tmp_path, f"--config.data.path={data}"),
+        "--config.model.text.vocab_size=600",
+    )
+    assert "config.model.text.vocab_size=600" in message and "529" in message
+
+
+def test_workdir_of_another_model(capsys, unbroken, data):
+    message = complain(
+        capsys,
+        *("--workdir", unbroken[0], f"--config.data.path={data}"),
+        "--config.model.embed_dim=24",
+    )
+    assert "model.embed_dim" in message and "16" in message and "new workdir" in message
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere; the next test stands in")
+def test_unwritable_workdir(capsys, tmp_path, data):
+    tmp_path.chmod(0o500)
+    message = complain(capsys, "--workdir", tmp_path / "run", f"--config.data.path={data}")
+    assert str(tmp_path) in message
+
+
+def test_workdir_that_is_a_file(capsys, tmp_path, data):
+    (tmp_path / "run").write_text("")
+    message = complain(capsys, "--workdir", tmp_path / "run", f"--config.data.path={data}")
+    assert str(tmp_path / "run") in message
