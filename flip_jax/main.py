@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         from flip_jax import train
 
         train.evaluate(cfg, workdir) if eval_only else train.train(cfg, workdir)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -37,8 +37,8 @@ class Run:
                 f"config.data.batch_size={cfg.data.batch_size}: must be a multiple of the "
                 f"{self.mesh.size} devices of the mesh"
             )
-        self.tokenizer = load_tokenizer(cfg)
         path = data_path(cfg, workdir)
+        self.tokenizer = load_tokenizer(cfg)
         self.source = RecordSource(path, cfg.data.train_split)
         size = cfg.model.vision.image_size
         self.pipeline = TrainPipeline(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.flatten_util import ravel_pytree
 
 from flip_jax import config
 from flip_jax.config import ModelConfig, TextConfig, VisionConfig
@@ -31,6 +32,8 @@ from transformers import (  # noqa: E402
 )
 
 FLOAT32 = 1e-5
+# Tiny arrays: compile time is all that counts.
+QUICK = {"xla_backend_optimization_level": 0}
 SMALL = ModelConfig(
     vision=VisionConfig(image_size=21, patch_size=7, width=48, depth=3, heads=3, mlp_width=80),
     text=TextConfig(
@@ -123,7 +126,7 @@ def official_state(clip, bert, heads) -> dict[str, np.ndarray]:
     return {name: np.asarray(value, np.float32) for name, value in state.items()}
 
 
-@functools.cache
+@functools.lru_cache(maxsize=2)  # a base-size one takes gigabytes
 def reference(cfg: ModelConfig):
     """Float64 modules (clip, bert with cross-attention, heads) and the same weights in our tree."""
     modules = torch_clip(cfg), torch_bert(cfg), torch_heads(cfg)
@@ -149,7 +152,8 @@ def outputs(modules, call) -> list[np.ndarray]:
 def run(cfg: ModelConfig, params, call, *arguments):
     """`call(model, *arguments)`, compiled."""
     graphdef = flip.build(cfg)
-    return jax.jit(lambda p, *a: call(nnx.merge(graphdef, p), *a))(params, *arguments)
+    compiled = jax.jit(lambda p, *a: call(nnx.merge(graphdef, p), *a), compiler_options=QUICK)
+    return compiled(params, *arguments)
 
 
 def blocks_of_vit(model, image):
@@ -272,15 +276,14 @@ def test_text_shorter_than_the_longest():
 @pytest.mark.parametrize("folded", [False, True])
 def test_text_only_tower_is_bert_without_token_types(folded):
     """BERT's type-0 vector is zero, or is added to every position on our side."""
-    bert, (clip, _, heads, params) = torch_bert(SMALL, "bert"), reference(SMALL)
+    bert, (clip, blip, heads, _) = torch_bert(SMALL, "bert"), reference(SMALL)
     redraw(bert, 7)
     types = bert.embeddings.token_type_embeddings.weight.data
     types *= folded
-    state = official_state(clip, bert, heads)
-    for layer in range(SMALL.text.depth):  # not there in BERT, not used in text mode
-        for entry in torch_flip.entries(SMALL):
-            if f"layer.{layer}.crossattention" in entry.official:
-                state[entry.official] = np.full(reference_shape(params, entry), np.nan, np.float32)
+    state = official_state(clip, blip, heads)
+    unused = [name for name in state if ".crossattention." in name]
+    state |= {name: np.full_like(state[name], np.nan) for name in unused}
+    state |= official_state(clip, bert, heads)
     position = "text_encoder.embeddings.position_embeddings.weight"
     state[position] = (state[position] + types[0].numpy()).astype(np.float32)
     ids, mask = texts(SMALL, range(1, 10), 9)
@@ -292,12 +295,6 @@ def test_text_only_tower_is_bert_without_token_types(folded):
     _, blocks = run(SMALL, params, blocks_of_bert, ids, mask)
     for layer, value in enumerate(expected):
         close(blocks[layer], value, what=f"block {layer}")
-
-
-def reference_shape(params: dict, entry: torch_flip.Entry) -> tuple[int, ...]:
-    """Shape of an entry in the official layout."""
-    leaf = functools.reduce(lambda node, name: node[name], entry.path.split("/"), params)
-    return leaf[entry.layer].shape[::-1]
 
 
 def test_embeddings_and_match_logits():
@@ -417,19 +414,22 @@ def test_rematerialisation_changes_memory_only():
             model = nnx.merge(graphdef, params)
             return jnp.sum(jnp.sin(model.vit(image))) + jnp.sum(jnp.sin(model.bert(ids, mask)))
 
-        return jax.jit(jax.value_and_grad(loss)).lower(params, *inputs).compile()
+        return jax.jit(jax.value_and_grad(loss)).lower(params, *inputs).compile(QUICK)
 
     programs = {remat: compiled(remat) for remat in ("none", "dots", "full")}
     memory = {r: p.memory_analysis().temp_size_in_bytes for r, p in programs.items()}
     assert memory["full"] < memory["dots"] < memory["none"]
     value, grads = programs["none"](params, *inputs)
+
+    def modules(tree):  # a key bias has no gradient but rounding noise: measure it by its kernel
+        is_module = lambda n: isinstance(n, dict) and "bias" in n  # noqa: E731
+        return [ravel_pytree(m)[0] for m in jax.tree.leaves(tree, is_leaf=is_module)]
+
     for remat in ("dots", "full"):
         other_value, other_grads = programs[remat](params, *inputs)
         np.testing.assert_allclose(other_value, value, rtol=1e-6)
-        for ours, expected in zip(
-            jax.tree.leaves(other_grads), jax.tree.leaves(grads), strict=True
-        ):
-            close(ours, expected, 1e-6 * max(1.0, float(jnp.abs(expected).max())))
+        for ours, expected in zip(modules(other_grads), modules(grads), strict=True):
+            close(ours, expected, 1e-6 * float(jnp.abs(expected).max()))
 
 
 # Patch masking ------------------------------------------------------------------------------------
@@ -579,7 +579,7 @@ def test_start_values():
         text=dataclasses.replace(SMALL.text, vocab_size=2000, positions=64, width=64),
         embed_dim=64,
     )
-    init = jax.jit(lambda key: flip.init_params(cfg, 0.07, key))
+    init = jax.jit(lambda key: flip.init_params(cfg, 0.07, key), compiler_options=QUICK)
     params = init(jax.random.key(0))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
     ours = torch_flip.params_to_official(params, cfg)

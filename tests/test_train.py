@@ -171,6 +171,12 @@ def test_no_data_configured(capsys, tmp_path):
         assert word in message
 
 
+def test_the_reference_recipe_asks_for_data(capsys, tmp_path):
+    base = str(ROOT / "configs" / "base.py")
+    assert main.main(["--config", base, "--workdir", str(tmp_path)]) == 1
+    assert "config.data.path is not set" in capsys.readouterr().err
+
+
 def test_missing_data_folder(capsys, tmp_path):
     message = complain(capsys, "--workdir", tmp_path, "--config.data.path=/no/such/folder")
     assert "/no/such/folder" in message
