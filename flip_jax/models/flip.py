@@ -102,7 +102,7 @@ class Flip(nnx.Module):
             the reference's evaluation did.
         """
         if first_token == "enc":
-            token_ids = token_ids.at[:, 0].set(self.enc_id)
+            token_ids = jnp.asarray(token_ids).at[:, 0].set(self.enc_id)
         fused = self.bert(token_ids, token_mask, image_tokens, image_index, key)
         return self.itm_head(fused[:, 0].astype(jnp.float32))
 
