@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from flax import nnx
-from PIL import Image
+from PIL import Image, ImageOps
 
 from flip_jax.config import Config
 from flip_jax.data.tokenizer import Tokenizer
@@ -180,7 +180,7 @@ def _is_batch(picture: Any) -> bool:
 def _pixels(picture: Picture) -> np.ndarray:
     """uint8 RGB [H, W, 3] of one picture."""
     if isinstance(picture, Image.Image):
-        return np.asarray(picture.convert("RGB"))
+        return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
     if isinstance(picture, bytes):
         return decode_image(picture)
     if isinstance(picture, np.ndarray):

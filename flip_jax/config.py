@@ -114,6 +114,19 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    """Weights to start from: folders of `python -m flip_jax.convert`, workdirs or step folders.
+
+    A tower field wins over `checkpoint`; what none of them brings starts fresh. A run that has a
+    checkpoint of its own goes on from that.
+    """
+
+    checkpoint: str | None = None  # all parameters, momentum twins and queue if there
+    vision: str | None = None  # the image tower
+    text: str | None = None  # the text tower
+
+
+@dataclass(frozen=True)
 class DrawnConfig:
     """The embedded default data: drawn faces, rendered into records on first use."""
 
@@ -173,6 +186,7 @@ class MeshConfig:
 @dataclass(frozen=True)
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -14,6 +14,7 @@ from flax import nnx
 
 from flip_jax import partition
 from flip_jax.config import Config
+from flip_jax.convert.init import initial_state
 from flip_jax.downstream.retrieval import Retrieval
 from flip_jax.losses.itc import grouped_itc_loss
 from flip_jax.losses.itm import itm_inputs, itm_loss, sample_hard_negatives
@@ -221,7 +222,10 @@ def train(cfg: Config, workdir: Path) -> Retrieval | None:
     compiled = Compiled(cfg, run.mesh, run.steps_per_epoch, run.total_steps)
     with run.checkpointer as checkpointer, StopSignal() as stop:
         step = checkpointer.latest_step() or 0
-        state = checkpointer.restore(compiled.target) if step else compiled.init()
+        if step:
+            state = checkpointer.restore(compiled.target)
+        else:
+            state = initial_state(cfg, compiled.init())
         with StepLog(run, step) as steps, run.pipeline.batches(step) as batches:
             if step == 0:
                 steps.evaluate(0, state)

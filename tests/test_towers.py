@@ -358,11 +358,12 @@ def test_padding_changes_nothing():
     np.testing.assert_array_equal(states[0][mask], states[1][mask])
 
 
-def test_texts_share_an_image():
+@pytest.mark.parametrize("index", [[2, 0, 0, 1, 2], [0, 0, 0, 0, 0]], ids=["three", "one"])
+def test_texts_share_an_image(index):
     """Value, and gradient into the image tokens, as if the images were repeated."""
     *_, params = reference(SMALL)
     ids, mask = texts(SMALL, [9, 3, 5, 1, 7], 9)
-    seen, index = tokens(SMALL, 3, 10), np.array([2, 0, 0, 1, 2], np.int32)
+    seen, index = tokens(SMALL, max(index) + 1, 10), np.array(index, np.int32)
 
     def call(model, ids, mask, seen):
         def logits(seen, index):

@@ -114,15 +114,14 @@ def gather(
     for name in tensors:
         if name not in used and not _matches(name, (*ignored, *options.allow_unexpected)):
             problems["unexpected"][name] = name
-    state, source = {}, {}
+    state, source, left_open = {}, {}, {}
     for official, slot in slots.items():
         value = slot.take(tensors) if slot.name in tensors else None
         if value is not None and value.shape == shapes[official]:
             state[official], source[slot.name] = value, tensors[slot.name]
         elif _matches(slot.name, options.allow_missing):
-            state[official] = value = fresh(official)
-            parts = [value] if slot.third in (None, 0) else [source[slot.name], value]
-            source[slot.name] = np.concatenate(parts) if len(parts) > 1 else value
+            state[official] = fresh(official)
+            left_open.setdefault(slot.name, {})[slot.third or 0] = state[official]
         elif value is None:
             problems["missing"][slot.name] = slot.name
         else:
@@ -139,6 +138,9 @@ def gather(
             "(and then starts afresh) or unexpected (and is dropped) can be named with "
             "--allow-missing GLOB and --allow-unexpected GLOB"
         )
+    for name, thirds in left_open.items():
+        parts = [thirds[third] for third in sorted(thirds)]
+        source[name] = np.concatenate(parts) if len(parts) > 1 else parts[0]
     return state, source
 
 

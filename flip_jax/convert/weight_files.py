@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,10 @@ def _read_pickle(file: Path, under: tuple[str, ...]) -> dict[str, Any]:
                 raise
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        kind = re.search(r"GLOBAL (\S+)", str(error))
         raise ConversionError(
-            f"{file} holds more than tensors and plain values ({reason}). {_SAVE_ADVICE}"
+            f"{file} holds more than tensors and plain values"
+            f"{f', such as {kind[1]}' if kind else ''}. {_SAVE_ADVICE}"
         ) from error
     except (RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

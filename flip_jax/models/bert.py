@@ -67,7 +67,9 @@ class TextBlock(nnx.Module):
         if image_tokens is not None:
             # Keys and values once per image; the rows that look at it share them.
             image_kv = self.cross.keys_values(image_tokens)
-            if image_index is not None:
+            # With one image there is nothing to gather: broadcasting does it. (XLA's CPU backend of
+            # jaxlib 0.10.2 also returns wrong values for that gather inside a scan.)
+            if image_index is not None and len(image_tokens) > 1:
                 image_kv = jax.tree.map(lambda a: a[image_index], image_kv)
             crossed = self.cross(x, image_kv, dropout_rate=self.dropout, dropout_key=keys[2])
             x = self.ln_cross(x + dropout(crossed, self.dropout, keys[3]))
