@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 from flip_jax.downstream.retrieval import SHOWN, Retrieval
@@ -26,12 +27,20 @@ def _curve(rows: list[dict[str, float]], name: str) -> tuple[list[float], list[f
     return [step for step, _ in found], [value for _, value in found]
 
 
+def _two_scales(
+    axis: Axes, rows: list[dict], left: tuple[str, str], right: tuple[str, str]
+) -> None:
+    """Two curves, (metric, label) each, the second against an axis of its own."""
+    other = axis.twinx()
+    axis.plot(*_curve(rows, left[0]), color="tab:blue", label=left[1])
+    other.plot(*_curve(rows, right[0]), color="tab:orange", label=right[1])
+    axis.legend(handles=[*axis.lines, *other.lines], fontsize=7)
+
+
 def _plot_curves(figure: SubFigure, rows: list[dict[str, float]]) -> None:
     losses, recalls, rates = figure.subplots(1, 3)
-    for name, label in (("loss_itc", "ITC"), ("loss_itm", "ITM")):
-        losses.plot(*_curve(rows, name), label=label)
+    _two_scales(losses, rows, ("loss_itc", "ITC"), ("loss_itm", "ITM"))
     losses.set_title("loss")
-    losses.legend()
     for order in ("cosine", "reranked"):
         for direction, arrow in (("t2i", "text→image"), ("i2t", "image→text")):
             steps, values = _curve(rows, f"eval/{order}/{direction}/R@10")
@@ -41,39 +50,38 @@ def _plot_curves(figure: SubFigure, rows: list[dict[str, float]]) -> None:
     recalls.set_ylim(bottom=0)
     if recalls.lines:
         recalls.legend(fontsize=7)
-    rates.plot(*_curve(rows, "temperature"), color="tab:red", label="temperature")
+    _two_scales(rates, rows, ("temperature", "temperature"), ("learning_rate", "learning rate"))
     rates.set_title("temperature and learning rate")
-    other = rates.twinx()
-    other.plot(*_curve(rows, "learning_rate"), color="tab:gray", label="learning rate")
-    rates.legend(handles=[*rates.lines, *other.lines], fontsize=7)
     for axis in (losses, recalls, rates):
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
 
 
 def _plot_queries(figure: SubFigure, retrieval: Retrieval, gallery: Any) -> None:
-    """One row per caption: the text, then its best images; the right one framed."""
+    """One row per caption: the text, its best images with the right one framed, the right one."""
     texts = len(retrieval.image_of)
+    ranks = retrieval.ranks["reranked" if retrieval.k else "cosine"]["t2i"]
     queries = np.unique(np.linspace(0, texts - 1, QUERIES).astype(int))
+    widths = [2.2] + [1] * (SHOWN + 1)
     axes = figure.subplots(
-        len(queries), SHOWN + 1, squeeze=False, gridspec_kw={"width_ratios": [2.2] + [1] * SHOWN}
+        len(queries), len(widths), squeeze=False, gridspec_kw={"width_ratios": widths}
     )
     for row, text in zip(axes, queries, strict=True):
-        caption = textwrap.fill(gallery.caption(text), 42, max_lines=8)
-        row[0].text(0.0, 0.5, caption, va="center", fontsize=8, transform=row[0].transAxes)
         for axis in row:
             axis.set_axis_off()
-        for rank, (axis, image) in enumerate(
-            zip(row[1:], retrieval.top_images[text], strict=False)
-        ):
-            right = image == retrieval.image_of[text]
-            axis.imshow(gallery.thumbnail(int(image)))
+        caption = textwrap.fill(gallery.caption(text), 42, max_lines=8)
+        row[0].text(0.0, 0.5, caption, va="center", fontsize=8, transform=row[0].transAxes)
+        right = int(retrieval.image_of[text])
+        shown = [(f"#{n + 1}", int(i)) for n, i in enumerate(retrieval.top_images[text])]
+        shown.append((f"right: #{ranks[text] + 1}", right))
+        for axis, (title, image) in zip(row[1:], shown, strict=False):
+            axis.imshow(gallery.thumbnail(image))
+            axis.set_title(title, fontsize=8)
             axis.set_axis_on()
             axis.set(xticks=[], yticks=[])
+            framed = image == right and axis is not row[-1]
             for spine in axis.spines.values():
-                spine.set(color=RIGHT if right else WRONG, linewidth=4 if right else 1)
-            if row is axes[0]:
-                axis.set_title(f"#{rank + 1}", fontsize=9)
+                spine.set(color=RIGHT if framed else WRONG, linewidth=4 if framed else 1)
 
 
 def write_results(workdir: Path, retrieval: Retrieval, gallery: Any) -> None:
@@ -120,7 +128,7 @@ def write_picture(
     _plot_queries(bottom, retrieval, gallery)
     bottom.suptitle(
         f"text → image, top {SHOWN} of {retrieval.images} faces never seen in training; "
-        "the right one is framed"
+        "the right one is framed, and shown at the end"
     )
     partial = path.with_suffix(".partial")
     figure.savefig(partial, dpi=110, format="png")
