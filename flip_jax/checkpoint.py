@@ -26,7 +26,7 @@ import shutil
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,22 +40,13 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as preserve
 import flip_jax
 from flip_jax.config import CheckpointConfig
 from flip_jax.named_arrays import describe, mismatches, named_leaves, nested
+from flip_jax.same_run import check_same_run
 
 LAYOUT_VERSION = 1  # of the items and names above; raise it with any change of them
 FOLDER = "checkpoints"
 BEST_METRIC = "mean_recall"
 # With several processes the clock of process 0 decides for all; asking it costs a broadcast.
 CLOCK_EVERY_STEPS = 20
-# Config fields under which stored arrays have another shape or meaning: a run cannot go on.
-FATAL_FIELDS = ("model.*", "loss.queue_size")
-# Exceptions to the above: they change how the model is computed, not what its weights are.
-COMPUTE_FIELDS = (
-    "model.dtype",
-    "model.remat",
-    "model.vision.keep_patches",
-    "model.text.dropout",
-    "model.text.max_length",
-)
 
 _COMMIT_FILE = "commit_success.txt"  # Orbax's names
 _META_FILE = Path("meta", "metadata")
@@ -188,7 +179,7 @@ class Checkpointer:
         self._wait()
         folder = _step_folder(self._folder, step)
         meta = _read_step_meta(folder)
-        _check_same_run(meta, self._meta, folder)
+        check_same_run(meta, self._meta, folder)
         trees = {}
         for item, tree in _items(target_state).items():
             leaves = _read_arrays(folder, item, meta["arrays"][item], named_leaves(tree))
@@ -394,40 +385,6 @@ def _damaged(folder: Path, what: str) -> CheckpointError:
 def _brief(error: BaseException) -> str:
     text = " ".join(str(error).split("[tensorstore_spec")[0].split())
     return f"{type(error).__name__}: {text[:1000]}"
-
-
-def _check_same_run(stored: Mapping[str, Any], current: Mapping[str, Any], folder: Path) -> None:
-    differences = list(_differences(stored["config"], current["config"]))
-    fatal = [line for name, line in differences if _is_fatal(name)]
-    if stored["vocab_hash"] != current["vocab_hash"]:
-        fatal.append(_difference("vocab_hash", stored["vocab_hash"], current["vocab_hash"]))
-    if fatal:
-        raise ValueError(
-            f"{folder} was written by a run of another model or vocabulary: {'; '.join(fatal)}. "
-            "Set these fields back, or choose a new workdir"
-        )
-    allowed = [line for _, line in differences]
-    if stored["data_hash"] != current["data_hash"]:
-        allowed.append(_difference("data_hash", stored["data_hash"], current["data_hash"]))
-    if allowed:
-        _log.warning("settings changed since step %s: %s", stored["step"], "; ".join(allowed))
-
-
-def _is_fatal(name: str) -> bool:
-    return name not in COMPUTE_FIELDS and any(fnmatch.fnmatch(name, f) for f in FATAL_FIELDS)
-
-
-def _differences(stored: Any, current: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(stored, dict) and isinstance(current, dict):
-        for key in sorted(stored.keys() | current.keys()):
-            inner = f"{path}.{key}" if path else key
-            yield from _differences(stored.get(key, "absent"), current.get(key, "absent"), inner)
-    elif stored != current:
-        yield path, _difference(path, stored, current)
-
-
-def _difference(name: str, stored: Any, current: Any) -> str:
-    return f"{name} is {stored!r} in the checkpoint and {current!r} now"
 
 
 def _items(state: Mapping[str, Any]) -> dict[str, Any]:

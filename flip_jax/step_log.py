@@ -68,7 +68,7 @@ class StepLog:
             return
         fetched = jax.device_get([metrics for _, metrics, _ in self._pending])
         for (step, _, records), values in zip(self._pending, fetched, strict=True):
-            names = (self._run.source.where(int(number)) for number in records)
+            names = (self._run.source[int(number)].id for number in records)
             check_finite(step, values, names, self._saved)
         last = self._pending[-1][0]
         mean = {name: sum(v[name] for v in fetched) / len(fetched) for name in fetched[0]}

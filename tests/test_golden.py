@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
+from flip_jax.checkpoint import load_momentum, load_params
 from flip_jax.config import Config, LossConfig, ModelConfig, TextConfig, VisionConfig
 from flip_jax.convert import torch_flip
 from flip_jax.losses.itc import itc_loss
@@ -207,6 +208,26 @@ def test_queue_and_twins_after_one_step(case):
 
 
 def test_three_adamw_steps(case):
+    assert_three_steps(case)
+
+
+def test_three_adamw_steps_from_an_imported_checkpoint(case, tmp_path):
+    """The recorded weights through `python -m flip_jax.convert` instead of by name."""
+    pytest.importorskip("torch", reason="conversion needs the extra [torch]")
+    from flip_jax.convert.__main__ import main
+
+    vocab, imported = tmp_path / "vocab.txt", tmp_path / "imported"
+    vocab.write_text("".join(f"{token}\n" for token in case.meta["vocab"]))
+    heads = str(case.cfg.model.vision.heads)
+    source = str(case.folder / "A_params.safetensors")
+    options = ["--vision-heads", heads, "--text-heads", heads, "--tokenizer", str(vocab)]
+    assert main(["--from", "flip", source, str(imported), *options]) == 0
+    case.params, stored = load_params(imported), load_momentum(imported)
+    case.momentum, case.queue = stored["twins"], stored["queue"]
+    assert_three_steps(case)
+
+
+def assert_three_steps(case):
     step, state = golden_step(case)
     for number in range(3):
         state, metrics = step(state, case_batch(case.io, "train", number))

@@ -29,7 +29,7 @@ def block_after(marker):
 
 def test_every_module_that_is_called_exists():
     modules = {c[c.index("-m") + 1] for c in COMMANDS if "-m" in c} - {"venv", "pip", "pytest"}
-    assert {"flip_jax.main", "flip_jax.data"} <= modules
+    assert {"flip_jax.main", "flip_jax.data", "flip_jax.convert"} <= modules
     for module in modules:
         path = ROOT / Path(*module.split("."))
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
