@@ -376,7 +376,7 @@ def _json_crc32(meta: Mapping[str, Any]) -> int:
 def _damaged(folder: Path, what: str) -> CheckpointError:
     others = [step for step in _complete_steps(folder.parent) if str(step) != folder.name]
     if others:
-        advice = f"other complete steps there: {others}; restore with step={others[-1]}"
+        advice = f"other complete steps there: {others}; move {folder} away to use {others[-1]}"
     else:
         advice = "there is no other complete step"
     return CheckpointError(f"checkpoint {folder} is damaged: {what}. Nothing restored; {advice}")

@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import importlib.util
 import math
+import operator
 import types
 import typing
 from dataclasses import dataclass, field
@@ -159,7 +160,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    every_epochs: float = 1.0  # 0 = only at the end
+    every_epochs: float = 1.0  # 0 = only before the first step and after the last
     batch_size: int = 64
     max_images: int | None = 5000  # gallery size, the first records of the split; None = all
     captions: int = 1  # per image
@@ -215,8 +216,20 @@ def _require(ok: bool, name: str, value: Any, allowed: str) -> None:
         raise ValueError(f"config.{name}={value!r}: {allowed}")
 
 
+def _at_least(cfg: Config, least: int, *names: str) -> None:
+    for name in names:
+        value = operator.attrgetter(name)(cfg)
+        _require(value is None or value >= least, name, value, f"must be at least {least}")
+
+
 def _validate_model(model: ModelConfig) -> None:
     vision, text = model.vision, model.text
+    for name, tower in (("vision", vision), ("text", text)):
+        for field_name in ("width", "depth", "heads", "mlp_width"):
+            value = getattr(tower, field_name)
+            _require(value >= 1, f"model.{name}.{field_name}", value, "must be at least 1")
+    patch = vision.patch_size
+    _require(patch >= 1, "model.vision.patch_size", patch, "must be at least 1")
     _require(
         vision.image_size % vision.patch_size == 0,
         "model.vision.image_size",
@@ -248,6 +261,12 @@ def _validate_model(model: ModelConfig) -> None:
 
 def _validate_training(cfg: Config) -> None:
     loss, batch = cfg.loss, cfg.data.batch_size
+    _at_least(cfg, 1, "loss.local_batch", "eval.batch_size", "eval.captions", "mesh.fsdp")
+    _at_least(cfg, 1, "log_every_steps", "checkpoint.every_steps", "checkpoint.keep_last")
+    _at_least(cfg, 1, "checkpoint.keep_every_steps", "model.embed_dim", "data.prefetch")
+    _at_least(cfg, 0, "loss.alpha_ramp_epochs", "optim.warmup_steps", "optim.weight_decay")
+    _at_least(cfg, 0, "eval.every_epochs", "eval.rerank", "data.threads", "data.workers")
+    _at_least(cfg, 0, "data.randaugment_ops", "data.max_bad_fraction", "checkpoint.keep_best")
     _require(batch >= 2, "data.batch_size", batch, "must be at least 2: ITM needs a negative")
     if loss.candidates == "local":
         _require(
@@ -274,12 +293,6 @@ def _validate_training(cfg: Config) -> None:
         _require(0 <= value <= 1, name, value, "must be in [0, 1]")
     _require(cfg.optim.lr > 0, "optim.lr", cfg.optim.lr, "must be above 0")
     _require(cfg.epochs > 0, "epochs", cfg.epochs, "must be above 0")
-    _require(cfg.eval.captions >= 1, "eval.captions", cfg.eval.captions, "must be at least 1")
-    _require(cfg.eval.rerank >= 0, "eval.rerank", cfg.eval.rerank, "must be 0 (off) or more")
-    _require(cfg.log_every_steps >= 1, "log_every_steps", cfg.log_every_steps, "must be >= 1")
-    for name in ("every_steps", "keep_last", "keep_every_steps"):
-        value = getattr(cfg.checkpoint, name)
-        _require(value is None or value >= 1, f"checkpoint.{name}", value, "must be at least 1")
 
 
 def _allowed(value: Any, hint: Any) -> bool:
@@ -340,12 +353,14 @@ def _override(part: Any, names: list[str], text: str, where: str) -> Any:
 
 
 def _parse(text: str, hint: Any, where: str) -> Any:
+    if text.lower() == "none" and _allowed(None, hint):
+        return None
     if _allowed(text, hint):  # a plain word for a text field
-        return None if text == "None" and _allowed(None, hint) else text
+        return text
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+        value = {"true": True, "false": False}.get(text.lower(), text)
     if not _allowed(value, hint):
         raise ValueError(f"{where}={text}: must be {_type_name(hint)}")
     return value

@@ -116,7 +116,8 @@ def _drop_later_lines(path: Path, start_step: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(ValueError):  # the last line of a killed run may be cut off
-            if json.loads(line)["step"] <= start_step:
+            # A run that starts afresh starts an empty file.
+            if start_step and json.loads(line)["step"] <= start_step:
                 kept.append(line + "\n")
     copy = path.with_suffix(".jsonl.new")
     copy.write_text("".join(kept), encoding="utf-8")
@@ -288,10 +289,8 @@ class ProgressReporter:
         if self._stream.isatty():
             self._bar = tqdm(total=total_steps, initial=start_step, unit="step", file=self._stream)
 
-    def __enter__(self) -> ProgressReporter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Leaves the bar as it is."""
         if self._bar is not None:
             self._bar.close()
 

@@ -46,7 +46,7 @@ def _plot_curves(figure: SubFigure, rows: list[dict[str, float]]) -> None:
             steps, values = _curve(rows, f"eval/{order}/{direction}/R@10")
             if steps:
                 recalls.plot(steps, values, marker="o", label=f"{arrow}, {order}")
-    recalls.set_title("R@10, held-out identities (%)")
+    recalls.set_title("R@10, evaluation split (%)")
     recalls.set_ylim(bottom=0)
     if recalls.lines:
         recalls.legend(fontsize=7)
@@ -70,7 +70,9 @@ def _plot_queries(figure: SubFigure, retrieval: Retrieval, gallery: Any) -> None
         for axis in row:
             axis.set_axis_off()
         caption = textwrap.fill(gallery.caption(text), 42, max_lines=8)
-        row[0].text(0.0, 0.5, caption, va="center", fontsize=8, transform=row[0].transAxes)
+        row[0].text(
+            0.0, 0.5, caption, va="center", fontsize=8, transform=row[0].transAxes, parse_math=False
+        )
         right = int(retrieval.image_of[text])
         shown = [(f"#{n + 1}", int(i)) for n, i in enumerate(retrieval.top_images[text])]
         shown.append((f"right: #{ranks[text] + 1}", right))
@@ -84,29 +86,41 @@ def _plot_queries(figure: SubFigure, retrieval: Retrieval, gallery: Any) -> None
                 spine.set(color=RIGHT if framed else WRONG, linewidth=4 if framed else 1)
 
 
-def write_results(workdir: Path, retrieval: Retrieval, gallery: Any) -> None:
+def _start(rows: list[dict[str, float]], retrieval: Retrieval) -> dict[str, float]:
+    """The evaluation at step 0, if there is one of the same gallery."""
+    wanted = {"images": retrieval.images, "texts": len(retrieval.image_of)}
+    for row in rows:
+        if row["step"] == 0 and all(row.get(f"eval/{n}") == v for n, v in wanted.items()):
+            return {n.removeprefix("eval/"): v for n, v in row.items() if n != "step"}
+    return {}
+
+
+def write_results(workdir: Path, step: int, retrieval: Retrieval, gallery: Any) -> None:
     """Print the retrieval table; write `results.json` and `report.png` into the workdir.
 
     Args:
-      workdir: of the run; its metrics.jsonl gives the curves and, at step 0, the untrained model.
+      workdir: of the run; its metrics.jsonl gives the curves and the numbers at step 0.
+      step: of the model that was evaluated.
       retrieval: the final evaluation.
       gallery: what it was made on, see `flip_jax.data.pipeline.Gallery`.
     """
     path = workdir / "metrics.jsonl"
     rows = read_metrics(path) if path.exists() else []
-    untrained = next((r for r in rows if r["step"] == 0 and "eval/mean_recall" in r), {})
-    untrained = {n.removeprefix("eval/"): v for n, v in untrained.items()}
-    print(retrieval.table(untrained))
+    start = _start(rows, retrieval)
+    print(retrieval.table(start))
     results = {
         "images": retrieval.images,
         "texts": len(retrieval.image_of),
         "captions_per_image": retrieval.captions,
         "rerank_k": retrieval.k,
         "chance": retrieval.chance(),
-        "untrained": untrained,
+        "step": step,
+        "start": start,
         "trained": retrieval.metrics(),
     }
-    (workdir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    partial = workdir / "results.partial"
+    partial.write_text(json.dumps(results, indent=1) + "\n")
+    partial.rename(workdir / "results.json")
     write_picture(workdir / "report.png", rows, retrieval, gallery)
     print(f"wrote {workdir}/results.json, {workdir}/report.png")
 
@@ -127,7 +141,7 @@ def write_picture(
     _plot_curves(top, rows)
     _plot_queries(bottom, retrieval, gallery)
     bottom.suptitle(
-        f"text → image, top {SHOWN} of {retrieval.images} faces never seen in training; "
+        f"text → image, top {SHOWN} of {retrieval.images} pictures of the evaluation split; "
         "the right one is framed, and shown at the end"
     )
     partial = path.with_suffix(".partial")

@@ -23,7 +23,8 @@ class Run:
 
     Attributes:
       mesh, tokenizer, source (training records), pipeline, gallery, evaluator, checkpointer.
-      steps_per_epoch, total_steps, eval_steps (between evaluations; 0 = only at the end).
+      steps_per_epoch, total_steps, eval_steps (between evaluations; 0 = none in between).
+      meta: what identifies the run in its checkpoints.
 
     Raises:
       ValueError, OSError: settings that do not fit the devices, the vocabulary or the data.
@@ -31,6 +32,11 @@ class Run:
 
     def __init__(self, cfg: Config, workdir: Path):
         self.cfg, self.workdir = cfg, workdir
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"{jax.process_count()} processes: training runs in one process, on all devices "
+                "of one host; start it on one host"
+            )
         self.mesh = partition.make_mesh(cfg.mesh)
         if cfg.data.batch_size % self.mesh.size:
             raise ValueError(
@@ -47,8 +53,6 @@ class Run:
             cfg.data,
             size,
             cfg.seed,
-            host_index=jax.process_index(),
-            host_count=jax.process_count(),
         )
         self.gallery = Gallery(
             RecordSource(path, cfg.data.eval_split),
@@ -61,13 +65,14 @@ class Run:
         self.evaluator = RetrievalEvaluator(cfg, self.gallery, self.mesh)
         self.steps_per_epoch = self.pipeline.steps_per_epoch
         self.total_steps = max(round(cfg.epochs * self.steps_per_epoch), 1)
-        self.eval_steps = round(cfg.eval.every_epochs * self.steps_per_epoch)
-        meta = {
+        every = cfg.eval.every_epochs
+        self.eval_steps = max(round(every * self.steps_per_epoch), 1) if every else 0
+        self.meta = {
             "config": to_dict(cfg),
             "vocab_hash": self.tokenizer.vocab_hash,
             "data_hash": self.source.manifest_hash,
         }
-        self.checkpointer = Checkpointer(workdir, cfg.checkpoint, meta)
+        self.checkpointer = Checkpointer(workdir, cfg.checkpoint, self.meta)
 
     def to_devices(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
         """The part of a host batch that the step reads, on the mesh."""
@@ -109,15 +114,22 @@ def data_path(cfg: Config, workdir: Path) -> Path:
 
 
 class StopSignal:
-    """Context in which SIGTERM asks for a stop after the current step instead of killing."""
+    """Context in which SIGTERM or Ctrl-C asks for a stop after the current step.
+
+    A second Ctrl-C interrupts at once.
+    """
 
     def __enter__(self) -> StopSignal:
         self.requested = False
-        self._previous = signal.signal(signal.SIGTERM, self._request)
+        signals = (signal.SIGTERM, signal.SIGINT)
+        self._previous = {number: signal.signal(number, self._request) for number in signals}
         return self
 
-    def _request(self, *_: object) -> None:
+    def _request(self, number: int, _: object) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.requested = True
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -48,13 +48,13 @@ class StepLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.__exit__()
+        self._progress.close()
         self._writer.close()
 
-    def add(self, step: int, metrics: dict[str, Array], batch: dict, bad_records: int) -> None:
+    def add(self, step: int, metrics: dict[str, Array], batch: dict[str, Any]) -> None:
         """Metrics of a step that was started."""
         self._pending.append((step, metrics, batch["index"]))
-        self._bad_records = bad_records
+        self._bad_records += int(batch["bad"].sum())
         self._progress.step()
         if step == self._start + 1:
             jax.block_until_ready(metrics)
@@ -76,6 +76,7 @@ class StepLog:
         self._writer.write(last, mean)
         self._progress.log(last, mean)
         self._pending.clear()
+        self._bad_records = 0
 
     def evaluate(self, step: int, state: dict[str, Any]) -> Retrieval:
         """Evaluate and write `eval/...`."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from flip_jax import partition
+from flip_jax import checkpoint, partition
 from flip_jax.config import Config
 from flip_jax.convert.init import initial_state
 from flip_jax.downstream.retrieval import Retrieval
@@ -22,6 +22,7 @@ from flip_jax.models import flip
 from flip_jax.optim import learning_rate, make_optimizer, target_alpha
 from flip_jax.report import write_results
 from flip_jax.run import Run, StopSignal
+from flip_jax.same_run import check_same_run
 from flip_jax.step_log import StepLog
 
 Array = jax.Array
@@ -209,10 +210,10 @@ class Compiled:
 def train(cfg: Config, workdir: Path) -> Retrieval | None:
     """Train from the newest checkpoint of `workdir`, or from the start; evaluate; report.
 
-    SIGTERM saves after the current step and returns.
+    SIGTERM or Ctrl-C saves after the current step (and its evaluation, if one is due) and returns.
 
     Returns:
-      the final evaluation; None if SIGTERM ended the run early.
+      the final evaluation; None if a signal ended the run early.
 
     Raises:
       ValueError, OSError: settings, data or folders that cannot be used.
@@ -220,48 +221,69 @@ def train(cfg: Config, workdir: Path) -> Retrieval | None:
     """
     run = Run(cfg, workdir)
     compiled = Compiled(cfg, run.mesh, run.steps_per_epoch, run.total_steps)
-    with run.checkpointer as checkpointer, StopSignal() as stop:
+    # The signal is caught until the last files of the checkpointer are written.
+    with StopSignal() as stop, run.checkpointer as checkpointer:
         step = checkpointer.latest_step() or 0
         if step:
             state = checkpointer.restore(compiled.target)
         else:
             state = initial_state(cfg, compiled.init())
-        with StepLog(run, step) as steps, run.pipeline.batches(step) as batches:
-            if step == 0:
-                steps.evaluate(0, state)
-            while step < run.total_steps and not stop.requested:
-                with steps.timer.waiting():
-                    batch = next(batches)
-                state, metrics = compiled.step(state, run.to_devices(batch))
-                step += 1
-                steps.add(step, metrics, batch, batches.bad)
-                if step % cfg.log_every_steps == 0 or step == run.total_steps:
-                    steps.flush()
-                if run.eval_steps and step % run.eval_steps == 0 and step < run.total_steps:
-                    steps.save(step, state, steps.evaluate(step, state).metrics())
-                elif checkpointer.due(step):
-                    steps.save(step, state)
-            if stop.requested:
-                steps.save(step, state)
-                log.info("stopped: step %d is saved, the same command goes on from there", step)
-                return None
-            result = steps.evaluate(step, state)
-            steps.save(step, state, result.metrics())
-    write_results(workdir, result, run.gallery)
+        if step >= run.total_steps:
+            log.info("step %d is the last one already: nothing to train", step)
+            result = run.evaluator(state["params"])
+        else:
+            step, result = _train_from(step, state, run, compiled, stop)
+    if result is None:
+        log.info("stopped: step %d is saved, the same command goes on from there", step)
+    else:
+        write_results(workdir, step, result, run.gallery)
     return result
+
+
+def _train_from(
+    step: int, state: TrainState, run: Run, compiled: Compiled, stop: StopSignal
+) -> tuple[int, Retrieval | None]:
+    """The loop: returns the step it ended at, and the final evaluation if that is the last one."""
+    total = run.total_steps
+    with StepLog(run, step) as steps, run.pipeline.batches(step) as batches:
+        if step == 0:
+            steps.evaluate(0, state)
+        while step < total and not stop.requested:
+            with steps.timer.waiting():
+                batch = next(batches)
+            state, metrics = compiled.step(state, run.to_devices(batch))
+            step += 1
+            steps.add(step, metrics, batch)
+            if step % run.cfg.log_every_steps == 0:
+                steps.flush()
+            if step == total:
+                break
+            if run.eval_steps and step % run.eval_steps == 0:
+                steps.save(step, state, steps.evaluate(step, state).metrics())
+            elif run.checkpointer.due(step):
+                steps.save(step, state)
+        if step < total:
+            steps.save(step, state)
+            return step, None
+        result = steps.evaluate(step, state)
+        steps.save(step, state, result.metrics())
+        return step, result
 
 
 def evaluate(cfg: Config, workdir: Path) -> Retrieval:
     """Evaluate the newest checkpoint of `workdir`; print and write the results.
 
     Raises:
-      ValueError: if there is none.
+      ValueError: if there is none, or it is of another model.
     """
+    if not (workdir / checkpoint.FOLDER).is_dir():
+        raise ValueError(f"--workdir={workdir}: no checkpoint to evaluate; train first")
     run = Run(cfg, workdir)
     compiled = Compiled(cfg, run.mesh, run.steps_per_epoch, run.total_steps)
-    with run.checkpointer as checkpointer:
-        if checkpointer.latest_step() is None:
-            raise ValueError(f"--workdir={workdir}: no checkpoint to evaluate; train first")
-        result = run.evaluator(checkpointer.restore(compiled.target)["params"])
-    write_results(workdir, result, run.gallery)
+    with run.checkpointer:
+        meta = checkpoint.read_meta(workdir)
+        check_same_run(meta, run.meta, workdir)
+        params = checkpoint.load_params(workdir, target=compiled.target["params"])
+        result = run.evaluator(params)
+    write_results(workdir, meta["step"], result, run.gallery)
     return result

@@ -31,6 +31,7 @@ def test_the_defaults_are_the_reference_recipe():
         ("data.path", "some/folder", "some/folder"),
         ("data.path", "123", "123"),
         ("data.path", "None", None),
+        ("data.path", "none", None),
         ("data.flip", "false", False),
         ("optim.clip_norm", "1.0", 1.0),
         ("optim.clip_norm", "None", None),
@@ -83,7 +84,13 @@ def test_bad_override(path, text, words):
         ("loss.momentum", 1.5, ["[0, 1]"]),
         ("optim.lr", 0.0, ["above 0"]),
         ("epochs", 0.0, ["above 0"]),
-        ("eval.rerank", -1, ["0 (off)"]),
+        ("eval.rerank", -1, ["at least 0"]),
+        ("model.vision.patch_size", 0, ["at least 1"]),
+        ("model.text.heads", 0, ["at least 1"]),
+        ("loss.local_batch", 0, ["at least 1"]),
+        ("mesh.fsdp", 0, ["at least 1"]),
+        ("loss.alpha_ramp_epochs", -1.0, ["at least 0"]),
+        ("checkpoint.every_steps", 0, ["at least 1"]),
     ],
 )
 def test_bad_value(path, value, words):

@@ -1,5 +1,6 @@
 """Metric files survive a kill, rates and FLOPs are right, a NaN names its cause."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -211,7 +212,9 @@ VALUES = {"loss_itc": 11.03, "learning_rate": 3e-5, "data_wait_share": 0.02, "ot
 
 def test_plain_lines_where_there_is_no_terminal():
     stream = io.StringIO()
-    with metrics.ProgressReporter(100, 0, batch_size=640, stream=stream) as reporter:
+    with contextlib.closing(
+        metrics.ProgressReporter(100, 0, batch_size=640, stream=stream)
+    ) as reporter:
         reporter.step()
         reporter.log(50, VALUES | {"bad_records": 3})
     assert stream.getvalue() == (
@@ -222,7 +225,9 @@ def test_plain_lines_where_there_is_no_terminal():
 def test_a_bar_on_a_terminal():
     controller, terminal = os.openpty()
     with os.fdopen(terminal, "w") as stream:
-        with metrics.ProgressReporter(100, 40, batch_size=640, stream=stream) as reporter:
+        with contextlib.closing(
+            metrics.ProgressReporter(100, 40, batch_size=640, stream=stream)
+        ) as reporter:
             for _ in range(10):
                 reporter.step()
             reporter.log(50, VALUES)

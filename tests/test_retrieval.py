@@ -74,6 +74,12 @@ def test_a_model_that_says_the_same_of_all_finds_nothing():
     assert retrieval.recalls(ranks) == {"R@1": 0, "R@5": 0, "R@10": 0, "median_rank": 20}
 
 
+def test_scores_that_are_not_numbers_find_nothing():
+    scores = np.full((4, 20), np.nan)
+    ranks = retrieval.cosine_ranks(scores, np.arange(20)[None] == np.arange(4)[:, None])
+    assert np.all(ranks == 19)
+
+
 def test_search_in_blocks_is_the_full_matrix(monkeypatch):
     rng = np.random.default_rng(0)
     queries, candidates = rng.normal(size=(23, 6)), rng.normal(size=(11, 6))

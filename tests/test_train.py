@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,12 +81,12 @@ def unbroken(data, tmp_path_factory):
 
 def test_a_run_leaves_everything_it_promises(unbroken):
     workdir, output = unbroken
-    assert "chance" in output and "untrained, cosine" in output and "reranked" in output
+    assert "chance" in output and "step 0, cosine" in output and "reranked" in output
     assert (workdir / "report.png").read_bytes().startswith(b"\x89PNG")
     assert list((workdir / "tensorboard").glob("events.out.*"))
     results = json.loads((workdir / "results.json").read_text())
     assert results["images"] == 24 and results["rerank_k"] == 4
-    assert set(results["trained"]) == set(results["untrained"])
+    assert results["step"] == 18 and set(results["trained"]) == set(results["start"])
     rows = curve(workdir)
     assert [r["step"] for r in rows if "loss" in r][-1] == 18
     assert [r["step"] for r in rows if "eval/mean_recall" in r] == [0, 6, 12, 18]
@@ -96,9 +97,12 @@ def test_a_run_leaves_everything_it_promises(unbroken):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
 def test_a_broken_run_equals_an_unbroken_one(how, unbroken, data, tmp_path):
-    """Killed at a random step, resumed with other loader threads: the same bits."""
+    """Signalled at a random step, resumed with other loader threads: the same bits."""
+    # The early half, so that the run is still going when the signal comes.
+    step = random.choice([3, 6, 9])
     process = start(tmp_path, data)
-    wait_for_step(tmp_path, process, random.randint(3, 12))
+    wait_for_step(tmp_path, process, step)
+    assert process.poll() is None, f"ended before the signal at step {step}"
     process.send_signal(how)
     code, output = finish(process)
     assert code == (0 if how == signal.SIGTERM else -signal.SIGKILL), output
@@ -116,14 +120,27 @@ def test_a_broken_run_equals_an_unbroken_one(how, unbroken, data, tmp_path):
     assert last == [row for row in curve(unbroken[0]) if "eval/mean_recall" in row][-1]
 
 
-def test_eval_only_repeats_the_final_numbers(unbroken, data, capsys):
-    workdir, _ = unbroken
-    before = json.loads((workdir / "results.json").read_text())
-    arguments = ["--config", DEBUG, "--workdir", str(workdir), f"--config.data.path={data}"]
-    devices = "--config.mesh.fsdp=8"  # and on eight devices
-    assert main.main([*arguments, "--eval_only", devices]) == 0, capsys.readouterr().err
-    after = json.loads((workdir / "results.json").read_text())
-    assert after["trained"] == pytest.approx(before["trained"], abs=5.0)
+def test_eval_only_repeats_the_final_numbers(unbroken, data, tmp_path):
+    shutil.copytree(unbroken[0], tmp_path / "copy")
+    results = tmp_path / "copy" / "results.json"
+    before = json.loads(results.read_text())
+    results.unlink()
+    code, output = finish(start(tmp_path / "copy", data, "--eval_only"))
+    assert code == 0, output
+    assert json.loads(results.read_text()) == before
+
+
+def test_a_finished_run_trains_no_further(unbroken, data, tmp_path):
+    shutil.copytree(unbroken[0], tmp_path / "copy")
+    code, output = finish(start(tmp_path / "copy", data))
+    assert code == 0 and "nothing to train" in output, output
+    assert curve(tmp_path / "copy") == curve(unbroken[0])
+
+
+def test_eval_only_without_a_checkpoint(capsys, tmp_path):
+    message = complain(capsys, "--workdir", tmp_path / "typo", "--eval_only")
+    assert "typo" in message and "no checkpoint" in message
+    assert not (tmp_path / "typo").exists()
 
 
 def test_loss_falls_on_a_fixed_batch():

@@ -38,7 +38,8 @@ def cosine_ranks(similarity: np.ndarray, relevant: np.ndarray) -> np.ndarray:
       int64 [Q]
     """
     best = np.max(np.where(relevant, similarity, -np.inf), axis=1, keepdims=True)
-    return np.sum((similarity >= best) & ~relevant, axis=1)
+    # Not `>=`: a score that is not a number counts against the query, too.
+    return np.sum(~(similarity < best) & ~relevant, axis=1)
 
 
 def search(
@@ -111,7 +112,7 @@ class Retrieval:
     k: int  # candidates re-ranked; 0 = off
 
     def metrics(self) -> dict[str, float]:
-        """Flat numbers: `cosine/t2i/R@1` ..., and `mean_recall` of the final order, in percent."""
+        """`cosine/t2i/R@1` ... in percent, `mean_recall` of the final order, `images`, `texts`."""
         flat = {
             f"{order}/{direction}/{name}": value
             for order, directions in self.ranks.items()
@@ -120,7 +121,8 @@ class Retrieval:
         }
         final = "reranked" if self.k else "cosine"
         wanted = [flat[f"{final}/{d}/R@{k}"] for d in DIRECTIONS for k in CUTOFFS]
-        return flat | {"mean_recall": float(np.mean(wanted))}
+        sizes = {"images": self.images, "texts": len(self.image_of)}
+        return flat | sizes | {"mean_recall": float(np.mean(wanted))}
 
     def chance(self) -> dict[str, float]:
         """`t2i/R@1` ...: R@k of a random order, in percent."""
@@ -132,8 +134,8 @@ class Retrieval:
             flat[f"i2t/R@{k}"] = 100.0 * float(np.mean(_hit_chance(len(self.image_of), own, k)))
         return flat
 
-    def table(self, untrained: Mapping[str, float] | None = None) -> str:
-        """Printable lines: chance, the untrained model if its `metrics()` are given, this one."""
+    def table(self, start: Mapping[str, float] | None = None) -> str:
+        """Printable lines: chance, the model at step 0 if its `metrics()` are given, this one."""
         lines = [
             f"retrieval over {self.images} images and {len(self.image_of)} captions "
             f"({self.captions} per image), ITM re-ranks the best k={self.k}",
@@ -146,9 +148,10 @@ class Retrieval:
             return f"{label:22}" + "".join(f"{value:9.2f}" for value in cells)
 
         lines.append(row("chance", self.chance(), ""))
-        for label, values in (("untrained, ", untrained), ("", self.metrics())):
-            for order in self.ranks if values else ():
-                lines.append(row(label + order, values, f"{order}/"))
+        for label, values in (("step 0, ", start or {}), ("", self.metrics())):
+            for order in self.ranks:
+                if f"{order}/t2i/R@1" in values:
+                    lines.append(row(label + order, values, f"{order}/"))
         return "\n".join(lines)
 
 

@@ -82,7 +82,7 @@ class Bert(nnx.Module):
     def __init__(
         self, cfg: TextConfig, image_width: int, *, dtype: jnp.dtype, remat: str, rngs: nnx.Rngs
     ):
-        self.dropout, self.dtype, self.remat = cfg.dropout, dtype, remat
+        self.dropout, self.remat = cfg.dropout, remat
         self.word_embed = nnx.Param(
             normal(cfg.init_std)(rngs.params(), (cfg.vocab_size, cfg.width))
         )
