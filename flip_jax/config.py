@@ -251,10 +251,10 @@ def _validate_model(model: ModelConfig) -> None:
             f"must divide model.{name}.width={tower.width}",
         )
     _require(
-        2 <= text.max_length <= text.positions,
+        3 <= text.max_length <= text.positions,
         "model.text.max_length",
         text.max_length,
-        f"must be 2..{text.positions}, the number of text positions",
+        f"must be 3..{text.positions}, the number of text positions",
     )
     _require(0 <= text.dropout < 1, "model.text.dropout", text.dropout, "must be in [0, 1)")
 

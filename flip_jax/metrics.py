@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TextIO
 
 import jax
-import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -100,10 +99,6 @@ class MetricsWriter:
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name.replace("@", "_at_"), value, step)
-
-    def image(self, step: int, name: str, array: np.ndarray) -> None:
-        """Writes a picture to TensorBoard: uint8 [H, W, 3]."""
-        self._board.add_image(name, array, step, dataformats="HWC")
 
     def close(self) -> None:
         self._file.close()

@@ -54,7 +54,7 @@ class StepLog:
     def add(self, step: int, metrics: dict[str, Array], batch: dict[str, Any]) -> None:
         """Metrics of a step that was started."""
         self._pending.append((step, metrics, batch["index"]))
-        self._bad_records += int(batch["bad"].sum())
+        self._bad_records += int((batch["bad"] > 0).sum())
         self._progress.step()
         if step == self._start + 1:
             jax.block_until_ready(metrics)

@@ -74,7 +74,7 @@ def test_bad_override(path, text, words):
         ("model.vision.image_size", 225, ["multiple of model.vision.patch_size=16"]),
         ("model.vision.keep_patches", 500, ["1..196"]),
         ("model.text.heads", 7, ["divide model.text.width=768"]),
-        ("model.text.max_length", 600, ["2..512"]),
+        ("model.text.max_length", 600, ["3..512"]),
         ("model.text.dropout", 1.0, ["[0, 1)"]),
         ("data.batch_size", 1, ["at least 2"]),
         ("loss.local_batch", 79, ["divide data.batch_size=640", "candidates=global"]),

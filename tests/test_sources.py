@@ -76,7 +76,8 @@ def test_build_from_every_kind_of_table(tmp_path, faces, suffix):
     assert report.encoded_again == report.rejections == 0
     for split in ("train", "test"):
         wanted = [n for n in range(150) if faces["split"][n] == split]
-        found = RecordSource(out, split, verify=True)
+        found = RecordSource(out, split)
+        assert found.damaged_shards() == []
         assert [record.id for record in found] == [faces["file"][n] for n in wanted]
         for n, record in zip(wanted, found, strict=True):
             assert record.image == (tmp_path / "images" / record.id).read_bytes()
@@ -135,11 +136,12 @@ def test_rejected_rows_are_named(tmp_path, faces):
     save(folder, "garbage.jpg", b"hello")
     save(folder, "cut.jpg", (folder / "000.jpg").read_bytes()[:-30])
     save(folder, "text.jpg", encode_jpeg(picture(1)))
-    bad = ["empty.jpg", "garbage.jpg", "cut.jpg", "absent.jpg", "../table.csv", None, "text.jpg"]
+    bad = ["empty.jpg", "garbage.jpg", "cut.jpg", "absent.jpg", "../table.csv", None, None]
+    bad += ["a\0b.jpg", str(folder / "001.jpg"), "text.jpg"]
     columns = {
         "file": faces["file"] + bad,
-        "caption": ["a face"] * 156 + ["  "],
-        "split": ["train"] * 157,
+        "caption": ["a face"] * 159 + ["  "],
+        "split": ["train"] * 160,
     }
     path, out = table(tmp_path, columns), tmp_path / "out"
     cfg = BuildConfig(caption_column="caption", split_column="split", max_bad_fraction=0.1)
@@ -148,13 +150,13 @@ def test_rejected_rows_are_named(tmp_path, faces):
     assert {reason: len(names) for reason, names in report.rejected.items()} == {
         "undecodable picture": 3,
         "unreadable file": 1,
-        "bad file name": 2,
+        "bad file name": 5,
         "no caption": 1,
     }
     for name in ("empty.jpg", "cut.jpg", "absent.jpg", "text.jpg"):
         assert name in str(report)
     strict = dataclasses.replace(cfg, max_bad_fraction=0.04)
-    with pytest.raises(ValueError, match="7 of 157 rows were rejected") as error:
+    with pytest.raises(ValueError, match="10 of 160 rows were rejected") as error:
         build([(path, folder)], tmp_path / "strict", strict)
     assert "garbage.jpg" in str(error.value)
     assert not (tmp_path / "strict").exists()
@@ -175,6 +177,21 @@ def test_captions_from_a_column(tmp_path, faces):
     assert found[0][:2] == ["first", "second"] and len(found[2][0].split()) == 10_000
 
 
+def test_caption_column_of_the_wrong_type(tmp_path, faces):
+    folder, cfg = tmp_path / "images", BuildConfig(caption_column="caption")
+    for wrong in ([1, 2], [[1], [2]], [{"en": "a face"}, None]):
+        path = table(tmp_path, {"file": faces["file"][:2], "caption": wrong})
+        with pytest.raises(ValueError, match=r"table\.parquet: column 'caption' is .*strings"):
+            build([(path, folder)], tmp_path / "out", cfg)
+    kinds = (pa.large_string(), pa.list_(pa.large_string()), pa.dictionary(pa.int32(), pa.string()))
+    for number, kind in enumerate(kinds):
+        text = ["a face"] if pa.types.is_list(kind) else "a face"
+        captions = pa.array([text, text]).cast(kind)
+        path = table(tmp_path, {"file": faces["file"][:2], "caption": captions})
+        report = build([(path, folder)], tmp_path / f"out{number}", cfg)
+        assert report.written.total() == 2
+
+
 def test_tables_are_joined_in_order(tmp_path, faces):
     first, second = tmp_path / "a", tmp_path / "b"
     for folder, start in ((first, 0), (second, 10)):
@@ -185,7 +202,9 @@ def test_tables_are_joined_in_order(tmp_path, faces):
     ids = [record.id for record in RecordSource(tmp_path / "out", "val")]
     assert ids == [f"{n}.jpg" for n in (10, 11, 12, 13, 14, 0, 1, 2, 3, 4)]
     with pytest.raises(ValueError, match="ids must be unique"):
-        build([pairs[0], pairs[0]], tmp_path / "twice", BuildConfig())
+        # An empty folder: the pictures would be rejected if they were looked for first.
+        (tmp_path / "empty").mkdir()
+        build([(pairs[0][0], tmp_path / "empty")] * 2, tmp_path / "twice", BuildConfig())
     assert not (tmp_path / "twice").exists()
 
 
@@ -329,8 +348,27 @@ def test_verify_finds_bad_records(tmp_path, capsys):
     data = bytearray(shard.read_bytes())
     data[500] ^= 0xFF
     shard.write_bytes(bytes(data))
-    assert main(["verify", str(out)]) == 2
-    assert "SHA-256" in capsys.readouterr().err
+    assert main(["verify", str(out)]) == 1
+    printed = capsys.readouterr().out
+    assert "SHA-256" in printed and "record 1 (half): damaged JPEG" in printed
+
+
+def test_verify_goes_on_after_a_damaged_shard(tmp_path, capsys):
+    out = tmp_path / "out"
+    with RecordWriter(out, "test data", shard_bytes=1) as writer:  # a record per shard
+        for number in range(4):
+            attributes, image = np.zeros(40, np.int8), encode_jpeg(picture(number))
+            record = Record(
+                id=f"{number}", group_id="a", image=image, captions=[], attributes=attributes
+            )
+            writer.write("train", record)
+    first, second = (out / f"train-0000{number}.array_record" for number in range(2))
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-100])
+    assert main(["verify", str(out)]) == 1
+    printed = capsys.readouterr().out
+    assert "train: 2 of 4 records are good" in printed
+    assert f"{first} is missing" in printed and f"{second} has" in printed
 
 
 # --- real photographs

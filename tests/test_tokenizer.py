@@ -206,6 +206,21 @@ def test_bad_places_and_lengths(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model, "normalizer": None}))
     with pytest.raises(ValueError, match="BPE"):
         Tokenizer.load(str(tmp_path), 8)
+    for text in ("{}", "[]", "", '{"model": {"type": "WordPiece"}, "normalizer": {}}'):
+        (tmp_path / "tokenizer.json").write_text(text)
+        with pytest.raises(ValueError, match=str(tmp_path)):
+            Tokenizer.load(str(tmp_path), 8)
+
+
+def test_cased_vocabulary_is_refused(tmp_path):
+    (tmp_path / "vocab.txt").write_bytes(SHIPPED.read_bytes())
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text('{"do_lower_case": true}')
+    Tokenizer.load(str(tmp_path), 8)
+    config.write_text('{"do_lower_case": false}')
+    for place in (tmp_path, tmp_path / "vocab.txt"):
+        with pytest.raises(ValueError, match="do_lower_case false"):
+            Tokenizer.load(str(place), 8)
 
 
 def run_python(code: str, **environment: str) -> str:

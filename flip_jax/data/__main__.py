@@ -9,6 +9,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -196,19 +197,25 @@ def _verify(args: argparse.Namespace) -> int:
 
     bad = 0
     for split in load_manifest(args.path).splits:
-        source = RecordSource(args.path, split, verify=True)
+        source = RecordSource(args.path, split, check=False)
 
         def check(number: int, source: RecordSource = source) -> str | None:
             try:
                 read_record(source, number, need_caption=False)
-            except BadRecord as error:
+            except (BadRecord, OSError) as error:  # the latter: of the whole shard
                 return str(error)
             return None
 
+        complaints = dict.fromkeys(source.damaged_shards())  # a set in order
+        good, numbers = 0, iter(range(len(source)))
         with ThreadPoolExecutor(args.threads) as pool:
-            complaints = [text for text in pool.map(check, range(len(source))) if text]
+            # In chunks: the pool keeps a result for all that it was given at once.
+            while chunk := list(islice(numbers, 64 * args.threads)):
+                found = [text for text in pool.map(check, chunk) if text]
+                good += len(chunk) - len(found)
+                complaints |= dict.fromkeys(found)
         bad += len(complaints)
-        print(f"{split}: {len(source) - len(complaints):,} of {len(source):,} records are good")
+        print(f"{split}: {good:,} of {len(source):,} records are good")
         for text in complaints:
             print(f"  {text}")
     return 1 if bad else 0
@@ -232,7 +239,7 @@ def _bench(args: argparse.Namespace) -> int:
 
     def augment() -> None:
         for image in small:
-            flipped, _ = transforms.random_flip(image, rng)
+            flipped = transforms.random_flip(image, rng)
             transforms.rand_augment(flipped, rng, cfg.randaugment_ops, cfg.randaugment_level)
 
     stages = {

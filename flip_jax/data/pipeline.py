@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -78,7 +79,7 @@ class _Load:
         caption = record.captions[rng.integers(len(record.captions))]
         image = transforms.resize_image(image, self.image_size)
         if self.cfg.flip:
-            image, _ = transforms.random_flip(image, rng)
+            image = transforms.random_flip(image, rng)
         image = transforms.rand_augment(
             image, rng, self.cfg.randaugment_ops, self.cfg.randaugment_level
         )
@@ -210,7 +211,7 @@ class BatchStream(Iterator[Batch]):
 
     Attributes:
       seen: examples handed out by this stream.
-      bad: records passed over on the way.
+      bad: those of them whose own record could not be used, so that another took its place.
     """
 
     def __init__(self, batches: Any, source: RecordSource, max_bad_fraction: float):
@@ -223,8 +224,8 @@ class BatchStream(Iterator[Batch]):
         """Returns the next batch.
 
         Raises:
-          BadData: after 100 examples or more, bad records are more than `max_bad_fraction` of all
-            records tried; the same one at the same step in every run that starts at the same step.
+          BadData: after 100 examples or more, `bad` is more than `max_bad_fraction` of `seen`; the
+            same one at the same step in every run that starts at the same step.
         """
         if self._batches is None:
             raise ValueError("this stream of batches is closed")
@@ -238,12 +239,12 @@ class BatchStream(Iterator[Batch]):
         for used, bad in zip(batch["index"].tolist(), batch["bad"].tolist(), strict=True):
             for back in range(bad, 0, -1):
                 self._bad_numbers[(used - back) % len(self._source)] = None
-        self.bad += int(batch["bad"].sum())
-        share = self.bad / (self.seen + self.bad)
+        self.bad += int((batch["bad"] > 0).sum())
+        share = self.bad / self.seen
         if self.seen >= _MIN_SEEN and share > self._limit:
             self.close()
             raise BadData(
-                f"{self.bad} of {self.seen + self.bad} records tried cannot be used "
+                f"the records of {self.bad} of {self.seen} examples cannot be used "
                 f"({share:.2%}), data.max_bad_fraction={self._limit}. Among them:\n  "
                 + "\n  ".join(self.bad_records(last=5))
                 + f"\nRun `python -m flip_jax.data verify {self._source.path}`, then copy or build "
@@ -285,7 +286,11 @@ def _own(batch: Batch) -> Batch:
 
 
 def _end_with_parent(worker: int, workers: int) -> None:
-    """Ends this worker process when its parent does, even when that is killed."""
+    """Ends this worker process when its parent does, even when that is killed, and not before."""
+    # Schedulers and terminals signal the whole process group; the parent finishes its step first,
+    # and for that needs its batches.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
     def wait() -> None:
         multiprocessing.parent_process().join()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from array_record.python import array_record_module
@@ -41,8 +43,8 @@ class RecordWriter:
       shard_bytes: size after which the next shard begins.
 
     Raises:
-      ValueError: `out_dir` is not empty and `overwrite` is off, or it holds something that is
-        not a data set; on leaving the block: nothing was written.
+      ValueError: `out_dir` is not empty and `overwrite` is off, or it holds anything but a data
+        set of whatever schema version; on leaving the block: nothing was written.
       OSError: the folder or the disk refuses.
     """
 
@@ -63,11 +65,7 @@ class RecordWriter:
                 raise ValueError(
                     f"{self.out_dir} exists and is not empty; choose another folder or overwrite"
                 )
-            if not (self.out_dir / MANIFEST).is_file():
-                raise ValueError(
-                    f"{self.out_dir} holds no {MANIFEST}, so it is not a data set and is not "
-                    "overwritten; remove it by hand or choose another folder"
-                )
+            _check_replaceable(self.out_dir)
 
     def __enter__(self) -> RecordWriter:
         self.out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -125,6 +123,34 @@ class RecordWriter:
             self.out_dir.rename(old)
         self._folder.rename(self.out_dir)
         shutil.rmtree(old, ignore_errors=True)
+
+
+class _AnyManifest(msgspec.Struct):
+    """What manifests of all schema versions have in common."""
+
+    schema_version: int
+    splits: dict[str, Any]
+
+
+def _check_replaceable(folder: Path) -> None:
+    advice = "is not overwritten; remove it by hand or choose another folder"
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no {MANIFEST}, so it is not a data set and {advice}")
+    try:
+        splits = msgspec.json.decode(file.read_bytes(), type=_AnyManifest).splits
+    except msgspec.MsgspecError as error:
+        raise ValueError(
+            f"{file} is not the manifest of a data set ({error}), so {folder} {advice}"
+        ) from error
+    shard = re.compile(rf"({'|'.join(map(re.escape, splits))})-\d+\.array_record")
+    extra = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.name != MANIFEST and not (path.is_file() and shard.fullmatch(path.name))
+    )
+    if extra:
+        raise ValueError(f"{folder} holds more than a data set ({', '.join(extra)}) and {advice}")
 
 
 class _SplitWriter:

@@ -222,15 +222,15 @@ class RecordSource:
     Args:
       path: folder with `manifest.json`.
       split: name of the split.
-      verify: also check the SHA-256 of every shard (reads all bytes).
+      check: refuse a shard that is missing or of another size than the manifest says; without it,
+        reading from such a shard is the error.
 
     Raises:
       FileNotFoundError: no such folder, manifest or shard.
-      ValueError: wrong schema version, unknown split, or a shard that is not the one the manifest
-        describes.
+      ValueError: wrong schema version, unknown split, or a shard of the wrong size.
     """
 
-    def __init__(self, path: str | os.PathLike, split: str, *, verify: bool = False):
+    def __init__(self, path: str | os.PathLike, split: str, *, check: bool = True):
         self.path, self.split = Path(path), split
         self.manifest = load_manifest(path)
         # Identifies the data in checkpoints and reports.
@@ -240,14 +240,25 @@ class RecordSource:
                 f"{self.path} has no split {split!r}; it has {', '.join(self.manifest.splits)}"
             )
         self._shards = self.manifest.splits[split].shards
-        for shard in self._shards:
-            self._check_shard(shard, verify)
+        for shard in self._shards if check else ():
+            self._check_shard(shard)
         # Number of records before the end of each shard.
         self._ends = list(itertools.accumulate(shard.records for shard in self._shards))
         self._readers: list[Any] = [None] * len(self._shards)
         self._lock = threading.Lock()
 
-    def _check_shard(self, shard: Shard, verify: bool) -> None:
+    def damaged_shards(self) -> list[str]:
+        """Reads all bytes; says what is wrong with each shard that the manifest does not describe:
+        it is missing, or its size or SHA-256 is another."""
+        damage = []
+        for shard in self._shards:
+            try:
+                self._check_shard(shard, checksum=True)
+            except (ValueError, OSError) as error:
+                damage.append(str(error))
+        return damage
+
+    def _check_shard(self, shard: Shard, checksum: bool = False) -> None:
         file = self.path / shard.file
         advice = "copy the data set again or rebuild it"
         if not file.is_file():
@@ -255,7 +266,7 @@ class RecordSource:
         size = file.stat().st_size
         if size != shard.bytes:
             raise ValueError(f"shard {file} has {size} bytes, not {shard.bytes}; {advice}")
-        if verify and file_sha256(file) != shard.sha256:
+        if checksum and file_sha256(file) != shard.sha256:
             raise ValueError(f"shard {file} does not have the SHA-256 of the manifest; {advice}")
 
     def __len__(self) -> int:

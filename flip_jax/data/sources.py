@@ -131,21 +131,21 @@ def build(
       threads: decode so many pictures at a time; does not change the result.
 
     Raises:
-      ValueError: a missing column, a bad label, ids that are not unique, or too many rejections.
+      ValueError: a column that is missing or of the wrong type, a bad label, ids that are not
+        unique (all found before a picture is read), or too many rejections.
       OSError: a file or folder cannot be read or written.
     """
     tables = [(Path(table), Path(images)) for table, images in tables]
     source = "; ".join(f"{table.name} sha256 {file_sha256(table)[:16]}" for table, _ in tables)
     report = BuildReport()
-    rows = 0
+    rows = _check_tables(tables, cfg)
     with (
         RecordWriter(out_dir, f"{source}; {_describe(cfg)}", overwrite=overwrite) as writer,
         ThreadPoolExecutor(threads) as pool,
     ):
         for path, images in tables:
             table = read_table(path)
-            rows += len(table)
-            drafts = _drafts(table, path, images, cfg)
+            drafts = _drafts(table, images, cfg)
             drafts = iter(tqdm(drafts, path.name, len(table), disable=None))
             while chunk := list(islice(drafts, 64 * threads)):
                 for draft, done in zip(chunk, pool.map(_finish, chunk), strict=True):
@@ -228,13 +228,45 @@ class _Draft:
     cfg: BuildConfig
 
 
-def _drafts(table: pa.Table, path: Path, images: Path, cfg: BuildConfig) -> Iterator[_Draft]:
+def _check_tables(tables: Sequence[tuple[Path, Path]], cfg: BuildConfig) -> int:
+    """Finds what would stop the build hours later; returns the number of rows."""
+    rows, files = 0, set()
     wanted = (cfg.image_column, cfg.group_column, cfg.split_column, cfg.caption_column)
-    for name in filter(None, wanted):
-        if name not in table.column_names:
-            raise ValueError(f"{path} has no column {name!r}; it has {table.column_names}")
-    if not images.is_dir():
-        raise FileNotFoundError(f"image folder {images} does not exist")
+    for path, images in tables:
+        table = read_table(path)
+        for name in filter(None, wanted):
+            if name not in table.column_names:
+                raise ValueError(f"{path} has no column {name!r}; it has {table.column_names}")
+        if cfg.caption_column and not _holds_text(table[cfg.caption_column].type):
+            raise ValueError(
+                f"{path}: column {cfg.caption_column!r} is {table[cfg.caption_column].type}; "
+                "captions must be strings or lists of strings"
+            )
+        if not images.is_dir():
+            raise FileNotFoundError(f"image folder {images} does not exist")
+        try:
+            attribute_labels(table)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        for file in table[cfg.image_column].drop_null().to_pylist():
+            if str(file) in files:
+                raise ValueError(
+                    f"{path}: {cfg.image_column} {file!r} is there twice; ids must be unique"
+                )
+            files.add(str(file))
+        rows += len(table)
+    return rows
+
+
+def _holds_text(kind: pa.DataType) -> bool:
+    """Whether a column's type is a string or a list of strings; all null is either."""
+    types = pa.types
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_dictionary(kind):
+        kind = kind.value_type
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)
+
+
+def _drafts(table: pa.Table, images: Path, cfg: BuildConfig) -> Iterator[_Draft]:
     labels = attribute_labels(table)
 
     def column(name: str | None, default: str) -> list:
@@ -291,7 +323,7 @@ def _finish(draft: _Draft) -> tuple[Record, bool] | _Rejected:
 
 def _read_file(draft: _Draft) -> bytes:
     path = PurePath(draft.file)
-    if not draft.file or path.is_absolute() or ".." in path.parts:
+    if not draft.file or "\0" in draft.file or path.is_absolute() or ".." in path.parts:
         raise _Rejected("bad file name", "not a path below the image folder")
     try:
         return (draft.images / path).read_bytes()

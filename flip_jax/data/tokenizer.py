@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -188,6 +189,7 @@ def _read_vocab(path: Path, name: str) -> list[str]:
                 f"Tokenizer folder {name!r} has neither tokenizer.json nor vocab.txt."
             )
     if path.is_file():
+        _refuse_cased(path.with_name("tokenizer_config.json"))
         # Not splitlines: entries may be characters that it takes for line ends.
         return path.read_bytes().decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
     if path.is_absolute() or name.startswith((".", "~")) or path.suffix in (".txt", ".json"):
@@ -201,16 +203,33 @@ def _read_vocab(path: Path, name: str) -> list[str]:
         ) from error
 
 
+def _refuse_cased(config: Path) -> None:
+    """Reads the one place beside a vocab.txt that tells a cased vocabulary from an uncased one."""
+    if config.is_file() and _fields(config.read_text("utf-8")).get("do_lower_case") is False:
+        raise ValueError(
+            f"{config} says do_lower_case false; only uncased WordPiece, as of bert-base-uncased, "
+            "is supported."
+        )
+
+
+def _fields(text: str) -> dict[str, Any]:
+    fields = json.loads(text)
+    if not isinstance(fields, dict):
+        raise ValueError(f"its JSON is a {type(fields).__name__}, not an object.")
+    return fields
+
+
 def _vocab_of_json(text: str) -> list[str]:
     """Returns the entries of a tokenizer.json in order of their id."""
-    fields = json.loads(text)
-    model, normalizer = fields["model"], fields["normalizer"] or {}
+    fields = _fields(text)
+    model, normalizer = fields.get("model") or {}, fields.get("normalizer") or {}
     if model.get("type") != "WordPiece" or not normalizer.get("lowercase"):
         raise ValueError(
             f"it is a {model.get('type')} tokenizer with the normalizer {normalizer}; only uncased "
             "WordPiece, as of bert-base-uncased, is supported."
         )
-    ids = model["vocab"] | {token["content"]: token["id"] for token in fields["added_tokens"]}
+    added = {token["content"]: token["id"] for token in fields.get("added_tokens") or []}
+    ids = (model.get("vocab") or {}) | added
     if sorted(ids.values()) != list(range(len(ids))):
         raise ValueError("the ids of its entries are not 0, 1, 2 ... without gaps.")
     return sorted(ids, key=ids.__getitem__)

@@ -34,6 +34,8 @@ AUGMENT_OPS = (
 )
 AUGMENT_MAX_LEVEL = 10
 _FILL = (128, 128, 128)
+# All that reach the decoders: some plugins of Pillow's run other programs (EPS: Ghostscript).
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _JPEG_START = b"\xff\xd8\xff"
 
 # EXIF orientation -> the turn that makes the stored rows upright; 1 = none.
@@ -67,7 +69,7 @@ def decode_image(data: bytes) -> np.ndarray:
 
     Greyscale, palette and CMYK become RGB, the EXIF orientation is applied, transparency is
     dropped. JPEG takes the fast path, where every defect that libjpeg notices counts as damage;
-    anything else that Pillow reads is accepted.
+    PNG, WebP, GIF, BMP, TIFF and PPM are accepted too.
 
     Args:
       data: the whole file.
@@ -76,7 +78,8 @@ def decode_image(data: bytes) -> np.ndarray:
       uint8 [H, W, 3] RGB, C-contiguous.
 
     Raises:
-      BadImage: empty, unknown format, truncated or corrupt data, or more than `MAX_PIXELS` pixels.
+      BadImage: empty, unknown format, truncated or corrupt data, more than 8 bits per channel
+        where Pillow keeps them, or more than `MAX_PIXELS` pixels.
     """
     if data[:3] == _JPEG_START:
         _, _, colorspace = _jpeg_header(data)
@@ -89,9 +92,22 @@ def decode_image(data: bytes) -> np.ndarray:
             return image if turn is None else turn(image)
     with _open(data) as image:
         try:
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+            return rgb_array(image)
         except Exception as error:  # Pillow's plugins raise many types for damaged files.
             raise BadImage(f"cannot decode the picture: {error}") from error
+
+
+def rgb_array(image: Image.Image) -> np.ndarray:
+    """Returns an opened picture as it is meant to be seen, uint8 [H, W, 3] RGB.
+
+    Raises:
+      BadImage: integer or float pixels, which Pillow would cut off at 255 instead of scaling them.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise BadImage(
+            f"pixels of mode {image.mode}; convert the picture to 8 bits per channel first"
+        )
+    return np.array(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def encode_jpeg(image: np.ndarray, quality: int = 95) -> bytes:
@@ -158,26 +174,9 @@ def resize_image(image: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
 
 
-def random_flip(
-    image: np.ndarray, rng: np.random.Generator, landmarks: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Mirrors left and right with probability 1/2.
-
-    Args:
-      image: uint8 [H, W, 3].
-      rng: draws one number.
-      landmarks: float32 [P, 2] (x, y) in pixels with pixel centres at whole numbers. Only the
-        positions are mirrored: swapping left-eye and right-eye indices depends on the
-        annotation scheme and is up to the caller.
-
-    Returns:
-      The image and the landmarks, mirrored together or as given.
-    """
-    if rng.random() >= 0.5:
-        return image, landmarks
-    if landmarks is not None:
-        landmarks = np.stack([image.shape[1] - 1 - landmarks[:, 0], landmarks[:, 1]], axis=1)
-    return cv2.flip(image, 1), landmarks
+def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Mirrors uint8 [H, W, 3] left and right with probability 1/2; draws one number."""
+    return image if rng.random() >= 0.5 else cv2.flip(image, 1)
 
 
 def rand_augment(
@@ -346,9 +345,9 @@ def _open(data: bytes) -> Image.Image:
     if not data:
         raise BadImage("the picture has zero bytes")
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Exception as error:  # Pillow's plugins raise many types for damaged files.
-        raise BadImage(f"not a picture of a known format: {error}") from error
+        raise BadImage(f"not a picture of {', '.join(_FORMATS)}: {error}") from error
     _check_pixels(image.height, image.width)
     return image
 
