@@ -3,9 +3,9 @@
 Made for some thousand to some ten thousand faces with grammar captions, such as CelebA; see
 `python -m flip_jax.data build --help`. The recipe of `demo.py` with a larger image tower.
 
-Measured on 11,315 CelebA photographs, two cores: 25 minutes, about 100 pairs/s. On 2,162 photographs
-of other people R@10 is 5.0 % text to image and 5.3 % image to text (re-ranked 4.8 and 6.0), where
-chance is 0.46 % and the model before training 0.3 and 0.4 %.
+Measured on 11,315 CelebA photographs, two cores: 25 minutes, about 100 pairs/s. On 2,162
+photographs of other people R@10 is 5.0 % text to image and 5.3 % image to text (re-ranked 4.8 and
+6.0 %), where chance is 0.46 % and the model before training has 0.3 and 0.4 %.
 """
 
 from dataclasses import replace

@@ -12,11 +12,11 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from flax import nnx
-from PIL import Image, ImageOps
+from PIL import Image
 
 from flip_jax.config import Config
 from flip_jax.data.tokenizer import Tokenizer
-from flip_jax.data.transforms import decode_image, resize_image
+from flip_jax.data.transforms import BadImage, decode_image, resize_image, rgb_array
 from flip_jax.models import flip
 from flip_jax.weights import EXPORT_FILES, Weights, read_tokenizer, read_weights
 
@@ -97,19 +97,16 @@ class FlipModel:
           uint8 [B, S, S, 3]; B = 1 for one picture.
 
         Raises:
-          BadImage: bytes or a file that are no whole picture.
+          BadImage: no whole picture, or not of 8 bits per channel; names the file, or the index in
+            `pictures`.
           FileNotFoundError: no such file.
           ValueError: an array of another dtype or shape.
         """
-        if isinstance(pictures, Picture) and not _is_batch(pictures):
-            pictures = [pictures]
-        size = self.cfg.model.vision.image_size
-        images = [resize_image(_pixels(picture), size) for picture in pictures]
-        return np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8)
+        return self._images(pictures)[:]
 
     def encode_image(self, pictures: Picture | Sequence[Picture]) -> np.ndarray:
         """Embeddings float32 [B, E], unit norm; `pictures` as for `preprocess`."""
-        images = self.preprocess(pictures)
+        images = self._images(pictures)
         embed = self._batched(lambda image: self._image(self._params, image)[1], images)
         return embed if embed is not None else np.zeros((0, self.cfg.model.embed_dim), np.float32)
 
@@ -135,14 +132,14 @@ class FlipModel:
         Raises:
           ValueError: the numbers of pictures and texts differ.
         """
-        images, (token_ids, token_mask) = self.preprocess(pictures), self.tokenizer(texts)
+        images, (token_ids, token_mask) = self._images(pictures), self.tokenizer(texts)
         if len(images) not in (1, len(token_ids)):
             raise ValueError(
                 f"{len(images)} pictures and {len(token_ids)} texts; give as many pictures as "
                 "texts, or one"
             )
         if len(images) == 1:
-            tokens = self._image(self._params, images)[0]
+            tokens = self._image(self._params, images[:])[0]
             index = np.zeros(len(token_ids), np.int32)
 
             def logits(ids: np.ndarray, mask: np.ndarray, index: np.ndarray) -> jax.Array:
@@ -158,7 +155,12 @@ class FlipModel:
         found = self._batched(lambda *arrays: jax.nn.softmax(logits(*arrays))[:, 1], *rows)
         return found if found is not None else np.zeros(0, np.float32)
 
-    def _batched(self, run: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray | None:
+    def _images(self, pictures: Picture | Sequence[Picture]) -> _Images:
+        return _Images(pictures, self.cfg.model.vision.image_size)
+
+    def _batched(
+        self, run: Callable[..., jax.Array], *arrays: np.ndarray | _Images
+    ) -> np.ndarray | None:
         """`run` over rows in batches; None if there is no row.
 
         The last batch is filled up to a power of two, so few shapes are ever compiled.
@@ -173,14 +175,37 @@ class FlipModel:
         return np.concatenate(parts) if parts else None
 
 
-def _is_batch(picture: Any) -> bool:
-    return isinstance(picture, np.ndarray) and picture.ndim == 4
+class _Images:
+    """Pictures as uint8 [B, S, S, 3], decoded and resized when sliced: a long list of files is
+    never in memory as a whole."""
+
+    def __init__(self, pictures: Picture | Sequence[Picture], size: int):
+        is_batch = isinstance(pictures, np.ndarray) and pictures.ndim == 4
+        one = isinstance(pictures, Picture) and not is_batch
+        self._pictures = [pictures] if one else list(pictures)
+        self._size = size
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        images = [self._image(index) for index in range(*rows.indices(len(self)))]
+        return np.stack(images) if images else np.zeros((0, self._size, self._size, 3), np.uint8)
+
+    def _image(self, index: int) -> np.ndarray:
+        picture = self._pictures[index]
+        try:
+            return resize_image(_pixels(picture), self._size)
+        except BadImage as error:
+            is_path = isinstance(picture, str | os.PathLike)
+            name = os.fspath(picture) if is_path else f"picture {index}"
+            raise BadImage(f"{name}: {error}") from error
 
 
 def _pixels(picture: Picture) -> np.ndarray:
     """uint8 RGB [H, W, 3] of one picture."""
     if isinstance(picture, Image.Image):
-        return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+        return rgb_array(picture)
     if isinstance(picture, bytes):
         return decode_image(picture)
     if isinstance(picture, np.ndarray):

@@ -29,6 +29,8 @@ from flip_jax.named_arrays import mismatches, named_leaves, nested
 LAYOUT_VERSION = 1
 FORMAT = "flip_jax"
 EXPORT_FILES = ("config.json", "model.safetensors", "vocab.txt")
+_FIELDS = ("layout_version", "step", "vocab_hash", "config")  # that reading needs
+_AGAIN = "copy the folder again, or export it again with `python -m flip_jax.convert`"
 VOCAB_FILE = "vocab.txt"  # also beside the items of a checkpoint that brings its vocabulary
 
 
@@ -125,12 +127,20 @@ def _read_export(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{folder} is no flip_jax export. Weights of CLIP, BERT, FaRL or the official FLIP "
             "are brought in with `python -m flip_jax.convert --from ...`"
         )
-    if meta["layout_version"] != LAYOUT_VERSION:
+    if meta.get("layout_version", LAYOUT_VERSION) != LAYOUT_VERSION:
         raise ValueError(
             f"{folder} has layout version {meta['layout_version']}, this flip_jax reads "
-            f"{LAYOUT_VERSION}; use the flip_jax that wrote it ({meta['flip_jax_version']})"
+            f"{LAYOUT_VERSION}; use the flip_jax that wrote it ({meta.get('flip_jax_version')})"
         )
-    return meta, nested(_safetensors().load_file(folder / "model.safetensors"))
+    if absent := [field for field in _FIELDS if field not in meta]:
+        raise ValueError(f"{folder}/config.json lacks {', '.join(absent)}; {_AGAIN}")
+    load_file, file = _safetensors().load_file, folder / "model.safetensors"
+    from safetensors import SafetensorError
+
+    try:
+        return meta, nested(load_file(file))
+    except SafetensorError as error:
+        raise OSError(f"{file} is damaged or not whole ({error}); {_AGAIN}") from error
 
 
 def _safetensors():

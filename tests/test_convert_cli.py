@@ -74,7 +74,8 @@ def test_export_of_import_is_the_identity(official, tmp_path):
 
 def test_to_safetensors(official, tmp_path):
     _, ours, _ = official
-    convert("--to", "safetensors", ours, tmp_path / "plain")
+    printed = convert("--to", "safetensors", ours, tmp_path / "plain")
+    assert "bit for bit" in printed and [*tmp_path.iterdir()] == [tmp_path / "plain"]
     files = sorted(file.name for file in (tmp_path / "plain").iterdir())
     assert files == ["config.json", "model.safetensors", "vocab.txt"]
     plain, params = load_file(tmp_path / "plain/model.safetensors"), named_leaves(load_params(ours))

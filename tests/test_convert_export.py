@@ -188,17 +188,18 @@ def test_docs_examples(ours, tmp_path, monkeypatch):
     export_weights("hf", ours, Path("flip-hf"))
     export_weights("safetensors", ours, Path("flip-base"))
     rng = np.random.default_rng(0)
-    for name, shape in (("a.png", (50, 40, 3)), ("b.png", (20, 30, 3))):
-        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).resize((32, 32)).save(name)
+    for name, shape in (("a.png", (50, 40, 3)), ("b.png", (40, 60, 3))):  # both shrink to 32
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(name)
     blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
     library, transformers = ({} for _ in range(2))
     exec(blocks[0], library)
     exec(blocks[1], transformers)
-    np.testing.assert_allclose(library["images"], transformers["image_embed"], atol=1e-5)
+    # Other tools round a few pixels otherwise; a resize without antialiasing is off by 5e-2.
+    np.testing.assert_allclose(library["images"], transformers["image_embed"], atol=1e-2)
     np.testing.assert_allclose(library["texts"], transformers["text_embed"], atol=1e-5)
     match = library["flip"].match(["a.png", "b.png"], transformers["captions"])
     np.testing.assert_allclose(
-        match, transformers["itm_logits"].softmax(-1)[:, 1].numpy(), atol=1e-5
+        match, transformers["itm_logits"].softmax(-1)[:, 1].numpy(), atol=1e-2
     )
 
 

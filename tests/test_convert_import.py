@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from flip_jax.checkpoint import load_momentum, load_params
 from flip_jax.convert import torch_flip
 from flip_jax.convert.__main__ import main
-from flip_jax.convert.check import compare
-from flip_jax.convert.conversion import ConversionError, import_torch
+from flip_jax.convert.check import compare, compare_bits
+from flip_jax.convert.conversion import ConversionError, import_torch, whole_or_absent
 from flip_jax.convert.foreign import Options
 from flip_jax.convert.importer import import_weights
 from flip_jax.convert.position_table import resize_position_table
+from flip_jax.data import tokenizer
 from flip_jax.named_arrays import named_leaves
 
 
@@ -127,6 +129,26 @@ def test_vocabulary_of_other_size_is_refused(bert, tmp_path):
     assert not (tmp_path / "ours").exists()
 
 
+def test_a_vocabulary_some_entries_short_is_refused(bert, tmp_path):
+    """Only [DEC] and [ENC] may have no row in the table, and only both."""
+    entries = (Path(tokenizer.__file__).parent / "vocab_grammar.txt").read_text().split()
+    (tmp_path / "vocab.txt").write_text("\n".join(entries[:-1]))
+    options = Options(tokenizer=str(tmp_path / "vocab.txt"))
+    with pytest.raises(ConversionError, match=f"{len(entries)} rows.* has {len(entries) - 1} ent"):
+        import_weights("bert", bert[1], tmp_path / "ours", options)
+
+
+def test_bert_with_a_task_head(bert, tmp_path):
+    state = bert[0].bert.state_dict(prefix="bert.")
+    for head in ("classifier", "qa_outputs"):
+        state |= {f"{head}.weight": torch.zeros(2, tiny_weights.WIDTH)}
+    torch.save(state, tmp_path / "task.bin")
+    options = Options(tokenizer="grammar")
+    import_weights("bert", tmp_path / "task.bin", tmp_path / "ours", options)
+    import_weights("bert", bert[1], tmp_path / "plain", options)
+    assert_same(load_params(tmp_path / "ours"), load_params(tmp_path / "plain"))
+
+
 def test_flip_without_twins_and_queue(tmp_path):
     state = tiny_weights.official_state(twins=False, queue=False)
     torch.save({"model": state}, tmp_path / "source.pth")
@@ -202,6 +224,33 @@ def test_nothing_is_overwritten(clip, tmp_path):
     assert (tmp_path / "mine").read_text() == "mine"
 
 
+def test_output_appears_when_it_is_checked(tmp_path):
+    out = tmp_path / "out.pth"
+    with whole_or_absent(out) as partial:
+        partial.write_text("new")
+        assert partial.parent == tmp_path and partial.suffix == ".pth" and not out.exists()
+    assert out.read_text() == "new" and list(tmp_path.iterdir()) == [out]
+
+    with pytest.raises(KeyboardInterrupt), whole_or_absent(tmp_path / "stopped") as partial:
+        (partial / "deep").mkdir(parents=True)
+        raise KeyboardInterrupt
+    with pytest.raises(FileExistsError), whole_or_absent(tmp_path / "taken") as partial:
+        partial.write_text("new")
+        (tmp_path / "taken").write_text("of another process")
+    assert (tmp_path / "taken").read_text() == "of another process"
+    assert sorted(tmp_path.iterdir()) == [out, tmp_path / "taken"]
+
+
+def test_changed_bits_are_caught():
+    tree = {"vit": {"kernel": np.zeros(3, np.float32)}}
+    assert "1 arrays" in compare_bits(tree, copy.deepcopy(tree))
+    for other in (np.array([0, -0.0, 0], np.float32), np.zeros(3), np.zeros((1, 3), np.float32)):
+        with pytest.raises(ConversionError, match="vit/kernel"):
+            compare_bits(tree, {"vit": {"kernel": other}})
+    with pytest.raises(ConversionError, match="vit/bias"):
+        compare_bits(tree, {"vit": tree["vit"] | {"bias": np.zeros(1)}})
+
+
 def test_not_a_number_is_not_small():
     good = {"image_embed": np.ones(3, np.float32)}
     bad = {"image_embed": np.array([1, np.nan, 1], np.float32)}
@@ -231,8 +280,13 @@ def test_a_torchscript_archive_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        (b"", "cannot be read"),
-        (b"PK\x03\x04 broken", "cannot be read"),
+        (b"", "begins with b''"),
+        (b"PK\x03\x04 broken", "begins with b'PK\\x03\\x04 broken'"),
+        (b"<!DOCTYPE html><html>", "begins with b'<!DOCTYPE html>"),
+        (b"version https://git-lfs.github.com/spec/v1", "begins with b'version https://git-lfs"),
+        (b"\x80\x02.", "is damaged"),  # IndexError of the unpickler
+        (b"\x80\x02h\x09.", "is damaged"),  # KeyError
+        (b"\x80\x02X\x02\x00\x00\x00\xff\xff.", "is damaged"),  # UnicodeDecodeError
         (None, "no file or folder"),
     ],
 )
@@ -240,7 +294,8 @@ def test_broken_files(content, match, tmp_path, capsys):
     if content is not None:
         (tmp_path / "a.pth").write_bytes(content)
     assert main(["--from", "flip", str(tmp_path / "a.pth"), str(tmp_path / "ours")]) == 1
-    assert match in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert match in error and "a.pth" in error and "more than tensors" not in error
 
 
 def test_broken_safetensors(clip, tmp_path):
@@ -264,6 +319,15 @@ def test_wrong_format_is_named(clip, tmp_path):
         import_weights("flip", clip[1], tmp_path / "ours", Options())
     with pytest.raises(ConversionError, match="OpenAI CLIP's names"):
         import_weights("farl", clip[1], tmp_path / "ours", Options())
+
+
+def test_patches_that_are_no_squares_are_refused(clip, tmp_path):
+    state = load_file(clip[1] / "model.safetensors")
+    name = "vision_model.embeddings.patch_embedding.weight"
+    state[name] = state[name][..., :-1].contiguous()
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ConversionError, match="patches of 8 x 7"):
+        import_weights("clip", tmp_path, tmp_path / "ours", Options())
 
 
 def test_image_size_must_fit_the_patches(clip, tmp_path):

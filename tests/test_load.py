@@ -151,8 +151,15 @@ def test_pictures_of_every_kind(model, tmp_path):
 
 
 def test_bad_pictures_and_texts_are_refused(model, pictures, tmp_path):
-    with pytest.raises(BadImage):
-        model.preprocess(b"no picture")
+    with pytest.raises(BadImage, match="picture 1: "):
+        model.preprocess([pictures[0], b"no picture"])
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    for bad in (tmp_path / "bad.png", str(tmp_path / "bad.png")):
+        with pytest.raises(BadImage, match=r"/bad\.png: "):
+            model.encode_image([pictures[0], bad])
+    for mode in ("I;16", "I", "F"):
+        with pytest.raises(BadImage, match=f"picture 0: .*mode {mode}"):
+            model.preprocess(Image.new(mode, (40, 50)))
     with pytest.raises(FileNotFoundError):
         model.preprocess(tmp_path / "absent.png")
     for wrong in (pictures[0].astype(np.float32), pictures[0][..., 0], np.zeros((4, 4, 4), "u1")):
@@ -162,6 +169,26 @@ def test_bad_pictures_and_texts_are_refused(model, pictures, tmp_path):
         model.encode_text("a young woman")
     with pytest.raises(ValueError, match="2 pictures and 3 texts"):
         model.match(pictures[:2], TEXTS)
+
+
+def test_pictures_are_decoded_batch_by_batch(model, pictures, tmp_path, monkeypatch):
+    """A file of the second batch is not opened before the first batch ran."""
+    run, ran, opened_after = model._image, [], []
+
+    class Watched(os.PathLike):
+        def __init__(self, index):
+            self.path = str(tmp_path / f"{index}.png")
+            Image.fromarray(pictures[index]).save(self.path)
+
+        def __fspath__(self):
+            opened_after.append(len(ran))
+            return self.path
+
+    files = [Watched(index) for index in range(6)]
+    monkeypatch.setattr(model, "_image", lambda *arrays: ran.append(1) or run(*arrays))
+    model.encode_image(files)
+    model.match(files, [*TEXTS, *TEXTS])
+    assert opened_after == [0] * 4 + [1] * 2 + [2] * 4 + [3] * 2
 
 
 def test_bad_options_are_refused(run):
@@ -199,6 +226,23 @@ def test_folders_of_others_and_other_versions_are_refused(export, tmp_path):
     (folder / "config.json").write_text(json.dumps({"model_type": "clip"}))
     with pytest.raises(ValueError, match="no flip_jax export"):
         flip_jax.load(folder)
+
+
+def test_damaged_exports_are_refused(export, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(export, folder)
+    described = json.loads((folder / "config.json").read_text())
+    for field in ("layout_version", "step", "vocab_hash", "config"):
+        rest = {name: value for name, value in described.items() if name != field}
+        (folder / "config.json").write_text(json.dumps(rest))
+        with pytest.raises(ValueError, match=f"config.json lacks {field}; .*export it again"):
+            flip_jax.load(folder)
+    (folder / "config.json").write_text(json.dumps(described))
+    whole = (folder / "model.safetensors").read_bytes()
+    for content in (b"", b"<!DOCTYPE html>", whole[: len(whole) // 2]):
+        (folder / "model.safetensors").write_bytes(content)
+        with pytest.raises(OSError, match=r"model.safetensors is damaged.*export it again"):
+            flip_jax.load(folder)
 
 
 def test_what_is_not_there(tmp_path, monkeypatch):

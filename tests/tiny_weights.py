@@ -1,12 +1,15 @@
 """Small random weights in the formats that `flip_jax.convert` reads."""
 
 import numpy as np
-import torch
+import pytest
 from transformers import BertConfig, BertForMaskedLM, CLIPConfig, CLIPModel
 
 from flip_jax.config import ModelConfig, TextConfig, VisionConfig
 from flip_jax.convert import torch_flip
 from flip_jax.data.tokenizer import Tokenizer
+
+# Skips the tests that import this module, too.
+torch = pytest.importorskip("torch", reason="conversion needs the extra [torch]")
 
 WIDTH, HEADS, DEPTH, MLP, PATCH, SIZE, POSITIONS, QUEUE = 128, 2, 2, 96, 8, 32, 70, 12
 VOCAB = Tokenizer.load("grammar", 65).vocab_size

@@ -11,7 +11,7 @@ from pathlib import Path
 DESCRIPTION = """Bring weights in, or give them out.
 
 Every conversion runs source and target on the same fixed inputs, prints the error of each output
-and keeps what it wrote only if all are below the tolerance."""
+and keeps what it wrote only if all are below the tolerance; --to safetensors compares every bit."""
 
 FORMATS = """formats
   --from flip   official .pth (`model`) or safetensors, with momentum and queue or without
@@ -84,7 +84,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 refused or failed; nothing is left of the output then."""
+    """Exit status: 0 done, 1 refused or failed; there is no output then."""
     args = parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # After the command line is known to be good: importing JAX takes seconds.

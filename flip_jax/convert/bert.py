@@ -23,6 +23,7 @@ _TYPES = f"{_OFFICIAL}embeddings.token_type_embeddings.weight"
 ADDED_ROW_STD = 0.02  # BERT's own initial deviation; the official implementation's rule too
 # The first BERT files call LayerNorm's weight and bias gamma and beta.
 _OLD_SUFFIXES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+_HEADS = ("cls.*", "classifier.*", "qa_outputs.*")
 _CONFIG = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "position_embedding_type": "absolute"}
 
 
@@ -91,7 +92,7 @@ def _gather(
         for name in shapes
         if name.startswith(_OFFICIAL) and ".crossattention." not in name
     }
-    ignored = ("cls.*", f"{prefix}pooler.*", f"{prefix}embeddings.position_ids")
+    ignored = (*_HEADS, f"{prefix}pooler.*", f"{prefix}embeddings.position_ids")
     initial = InitialValues(model, options.seed)
 
     def fresh(name: str) -> np.ndarray:
@@ -127,10 +128,14 @@ def _added_rows(rows: int, name: str) -> int:
     Raises:
       ConversionError: the vocabulary does not belong to the table.
     """
-    entries = Tokenizer.load(name, TextConfig.max_length).vocab_size
-    if not rows <= entries <= rows + len(ADDED_TOKENS):
+    tokenizer = Tokenizer.load(name, TextConfig.max_length)
+    entries = own = tokenizer.vocab_size
+    for added_id in (tokenizer.enc_id, tokenizer.dec_id):
+        own -= added_id == own - 1  # at the end, where they are appended
+    if rows not in (own, entries):
         raise ConversionError(
-            f"the word table has {rows} rows, but the vocabulary {name!r} has {entries} entries "
-            f"with {' and '.join(ADDED_TOKENS)}; give the one that belongs to it with --tokenizer"
+            f"the word table has {rows} rows, but the vocabulary {name!r} has {own} entries, "
+            f"{entries} entries with {' and '.join(ADDED_TOKENS)}; give the one that belongs to "
+            "it with --tokenizer"
         )
     return entries - rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,22 +15,37 @@ class ConversionError(ValueError):
 
 @contextlib.contextmanager
 def whole_or_absent(out: Path) -> Iterator[Path]:
-    """Removes `out`, a file or folder, if the block that writes and checks it fails.
+    """Gives the block a path beside `out` to write and check at; renames it to `out` at the end.
+
+    Whenever the process ends, `out` is checked or absent. What the block wrote is removed if it
+    fails; only a process that is killed leaves it, as `.NAME.partial-PID`.
 
     Raises:
-      FileExistsError: `out` is there before; nothing is ever overwritten.
+      FileExistsError: `out` is there; nothing is ever overwritten.
     """
+    _require_absent(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}{out.suffix}")
+    _remove(partial)  # of a killed process that had the same number
+    try:
+        yield partial
+        _require_absent(out)
+        partial.rename(out)
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def _require_absent(out: Path) -> None:
     if out.exists():
         raise FileExistsError(f"{out} exists; give a new path or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield out
-    except BaseException:
-        if out.is_dir():
-            shutil.rmtree(out)
-        else:
-            out.unlink(missing_ok=True)
-        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def import_torch():

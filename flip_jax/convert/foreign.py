@@ -173,7 +173,9 @@ def vision_sizes(
     Raises:
       ConversionError: one of them is missing, or the patches are no square.
     """
-    width, _, patch_size, _ = _shape(tensors, patch, 4)
+    width, _, patch_size, columns = _shape(tensors, patch, 4)
+    if patch_size != columns:
+        raise ConversionError(f"{patch} has patches of {patch_size} x {columns}: no squares")
     rows = _shape(tensors, table, 2)[0]
     side = round((rows - 1) ** 0.5)
     if side * side != rows - 1:

@@ -41,11 +41,11 @@ def import_weights(kind: str, source: Path, out: Path, options: Options) -> str:
       What was done and the table of errors, for the user.
 
     Raises:
-      ConversionError: the weights do not fit, or the outputs differ; `out` is gone then.
+      ConversionError: the weights do not fit, or the outputs differ; no `out` then.
       FileExistsError: `out` is there before.
       OSError: `source` or the vocabulary cannot be read, `out` cannot be written.
     """
-    with whole_or_absent(out):
+    with whole_or_absent(out) as partial:
         foreign = READERS[kind](source, options)
         cfg = _resize(foreign, options.image_size)
         inputs = fixed_inputs(cfg.model, foreign.tokens)
@@ -59,11 +59,11 @@ def import_weights(kind: str, source: Path, out: Path, options: Options) -> str:
         expected = foreign.run(inputs)
         params, momentum = _params(foreign.state, cfg.model), _momentum(foreign.state, cfg.model)
         foreign.release()
-        save_weights(out, params, meta, momentum=momentum)
+        save_weights(partial, params, meta, momentum=momentum)
         del params, momentum  # what is compared is read from disk
         if tokenizer:
-            tokenizer.save_vocab(out / VOCAB_FILE)
-        table = compare(expected, _written_outputs(out, cfg.model, inputs))
+            tokenizer.save_vocab(partial / VOCAB_FILE)
+        table = compare(expected, _written_outputs(partial, cfg.model, inputs))
     return "\n".join([*foreign.notes, table, f"written: {out}"])
 
 
@@ -119,8 +119,8 @@ def _momentum(state: dict, model: ModelConfig) -> dict:
     return momentum
 
 
-def _written_outputs(out: Path, model: ModelConfig, inputs: Inputs) -> Outputs:
-    params, twins = load_params(out), load_momentum(out).get("twins")
+def _written_outputs(folder: Path, model: ModelConfig, inputs: Inputs) -> Outputs:
+    params, twins = load_params(folder), load_momentum(folder).get("twins")
     return with_twins(
         lambda twin: our_outputs(params | twins if twin else params, model, inputs),
         twins is not None,

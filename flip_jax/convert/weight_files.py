@@ -19,6 +19,15 @@ _SAVE_ADVICE = (
     "Unpickling it could run code, so it is not opened. Where you trust the file, load it once "
     "in a sandbox and save its tensors alone: torch.save(model.state_dict(), 'weights.pth')"
 )
+# What the unpickler raises for files that are none, or are damaged.
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    AttributeError,
+    UnicodeDecodeError,
+)
 
 
 def read_tensors(path: Path, *, under: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
@@ -34,7 +43,8 @@ def read_tensors(path: Path, *, under: tuple[str, ...] = ()) -> dict[str, np.nda
 
     Raises:
       FileNotFoundError: no such file, or nothing of the kind in the folder.
-      ConversionError: not a dict of tensors, or a pickle that holds more than tensors.
+      ConversionError: damaged or no weight file, not a dict of tensors, or a pickle that holds
+        more than tensors.
       ImportError: PyTorch is not installed.
     """
     tensors: dict[str, Any] = {}
@@ -87,18 +97,8 @@ def _read_pickle(file: Path, under: tuple[str, ...]) -> dict[str, Any]:
             if "mmap" not in str(error):  # files older than torch 1.6 cannot be mapped
                 raise
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        kind = re.search(r"GLOBAL (\S+)", str(error))
-        raise ConversionError(
-            f"{file} holds more than tensors and plain values"
-            f"{f', such as {kind[1]}' if kind else ''}. {_SAVE_ADVICE}"
-        ) from error
-    except (RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConversionError(
-            f"{file} cannot be read by torch.load(weights_only=True): {reason}. If it is a "
-            f"TorchScript archive: {_SAVE_ADVICE}"
-        ) from error
+    except _UNREADABLE as error:
+        raise ConversionError(_why_unreadable(file, str(error))) from error
     for key in under:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -106,6 +106,17 @@ def _read_pickle(file: Path, under: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(content, Mapping) or not content:
         raise ConversionError(f"{file} holds a {type(content).__name__}, not a dict of tensors")
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def _why_unreadable(file: Path, error: str) -> str:
+    """What is wrong with a file that torch.load(weights_only=True) refuses with `error`."""
+    if kind := re.search(r"GLOBAL (\S+)", error):
+        return f"{file} holds more than tensors and plain values, such as {kind[1]}. {_SAVE_ADVICE}"
+    if "TorchScript" in error:
+        return f"{file} is a TorchScript archive, which holds code. {_SAVE_ADVICE}"
+    with file.open("rb") as opened:
+        start = opened.read(40)
+    return f"{file} is no PyTorch file or is damaged (it begins with {start!r}); download it again"
 
 
 def _float32_array(name: str, tensor: Any, path: Path) -> np.ndarray:
