@@ -169,7 +169,8 @@ def test_base_size_round_trip_within_six_gigabytes(tmp_path):
         done = subprocess.run(
             [sys.executable, "-c", script, *command],
             cwd=tmp_path,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(DOCS.parent.parent)},
+            env=os.environ
+            | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(DOCS.parent.parent)},
             capture_output=True,
             text=True,
         )
