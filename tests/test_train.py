@@ -137,6 +137,17 @@ def test_a_finished_run_trains_no_further(unbroken, data, tmp_path):
     assert curve(tmp_path / "copy") == curve(unbroken[0])
 
 
+def test_a_run_starts_from_the_weights_of_another(unbroken, data, tmp_path):
+    """`init.checkpoint`: its first evaluation is the other's last, its step and schedule fresh."""
+    given = f"--config.init.checkpoint={unbroken[0]}"
+    code, output = finish(start(tmp_path, data, given, "--config.epochs=0.2"))
+    assert code == 0 and "init.checkpoint: " in output, output
+    first, *_ = [row for row in curve(tmp_path) if "eval/mean_recall" in row]
+    *_, last = [row for row in curve(unbroken[0]) if "eval/mean_recall" in row]
+    assert first == last | {"step": 0}
+    assert final_state(tmp_path)[0] == 1
+
+
 def test_eval_only_without_a_checkpoint(capsys, tmp_path):
     message = complain(capsys, "--workdir", tmp_path / "typo", "--eval_only")
     assert "typo" in message and "no checkpoint" in message
