@@ -267,6 +267,7 @@ def _validate_training(cfg: Config) -> None:
     _at_least(cfg, 0, "loss.alpha_ramp_epochs", "optim.warmup_steps", "optim.weight_decay")
     _at_least(cfg, 0, "eval.every_epochs", "eval.rerank", "data.threads", "data.workers")
     _at_least(cfg, 0, "data.randaugment_ops", "data.max_bad_fraction", "checkpoint.keep_best")
+    _require(cfg.data.path != "", "data.path", "", "must be a folder of records, or None")
     _require(batch >= 2, "data.batch_size", batch, "must be at least 2: ITM needs a negative")
     if loss.candidates == "local":
         _require(

@@ -76,6 +76,7 @@ def test_bad_override(path, text, words):
         ("model.text.heads", 7, ["divide model.text.width=768"]),
         ("model.text.max_length", 600, ["3..512"]),
         ("model.text.dropout", 1.0, ["[0, 1)"]),
+        ("data.path", "", ["folder of records"]),
         ("data.batch_size", 1, ["at least 2"]),
         ("loss.local_batch", 79, ["divide data.batch_size=640", "candidates=global"]),
         ("loss.queue_size", 61_000, ["multiple of data.batch_size=640", "for example 60800"]),
