@@ -1,0 +1,316 @@
+"""Record shards from finished parts, and the data set from finished shards."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import shutil
+import tempfile
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flip_jax.curate.groups import SPLITS, Settled
+from flip_jax.curate.parts import Candidate, id_number
+from flip_jax.curate.stages import batched
+from flip_jax.curate.storage import Work, is_local, open_file
+from flip_jax.data.record_writer import RecordWriter
+from flip_jax.data.records import (
+    MANIFEST,
+    Manifest,
+    Record,
+    Split,
+    Spread,
+    decode_record,
+    load_manifest,
+)
+
+SOURCES = "sources.parquet"
+_SOURCES_AT_A_TIME = 1000
+_OPEN_FILES = 128
+
+_SOURCES = pa.schema(
+    [
+        ("split", pa.string()),
+        ("id", pa.string()),
+        ("group_id", pa.string()),
+        ("url", pa.string()),
+        ("licence", pa.string()),
+        ("source", pa.string()),
+        ("pixel_sha256", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Candidates of one part that go into one shard; arrays have one row each.
+
+    Attributes:
+      part: its key.
+      number, offset, size: as in `Settled`.
+      groups: new group ids, by offset.
+    """
+
+    part: str
+    number: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+    groups: dict[int, str]
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A finished shard: `shards/KEY.array_record` and `shards/KEY.sources`.
+
+    Attributes:
+      split: its split.
+      place: its number in it.
+      key: hash of what is in it.
+      statistics: `Split` of this shard alone, as JSON.
+      groups: uint64, hashes of its groups.
+    """
+
+    split: str
+    place: int
+    key: str
+    statistics: bytes
+    groups: np.ndarray
+
+
+def shard_counts(sizes: dict[str, int], shard_bytes: int) -> dict[str, int]:
+    """Shards of each split, from its bytes."""
+    return {split: max(-(-size // shard_bytes), 1) for split, size in sizes.items()}
+
+
+def route(settled: Settled, shards: dict[str, int]) -> Iterator[tuple[str, Rows]]:
+    """Sends candidates to shards by their number: all shards of a split are about as large, and
+    the shards in order hold the records in order."""
+    half = np.uint64(32)
+    for code in np.unique(settled.split).tolist():
+        split, here = SPLITS[code], np.flatnonzero(settled.split == code)
+        # The upper half of the number as a share of the whole range.
+        place = ((settled.number[here] >> half) * np.uint64(shards[split])) >> half
+        for shard in np.unique(place).tolist():
+            rows = here[place == shard]
+            number, offset, size = (
+                array[rows] for array in (settled.number, settled.offset, settled.size)
+            )
+            groups = {at: settled.groups[at] for at in offset.tolist() if at in settled.groups}
+            yield f"{split}-{shard:05d}", Rows(settled.part, number, offset, size, groups)
+
+
+def write_shard(work: Work, name: str, found: Iterable[Rows]) -> ShardFile:
+    """Writes the candidates of a shard in the order of their numbers, or finds it finished."""
+    split, _, place = name.rpartition("-")
+    rows = sorted(found, key=lambda each: each.part)
+    source = np.repeat(np.arange(len(rows)), [len(each.number) for each in rows])
+    number, offset, size = (
+        np.concatenate([getattr(each, field) for each in rows])
+        for field in ("number", "offset", "size")
+    )
+    order = np.lexsort((offset, source, number))
+    key = _shard_key(name, rows, order)
+    if not work.exists(f"shards/{key}.json"):
+        with work.scratch() as folder:
+            candidates = _candidates(work, rows, source[order], offset[order], size[order])
+            writer = RecordWriter(folder / "data", "", shard_bytes=1 << 62)
+            with writer, pq.ParquetWriter(folder / "sources", _SOURCES) as sources:
+                for batch in batched(candidates, _SOURCES_AT_A_TIME):
+                    for record, _ in batch:
+                        writer.write(split, record)
+                    told = [_source(split, *each) for each in batch]
+                    sources.write_table(pa.Table.from_pylist(told, _SOURCES))
+            statistics = load_manifest(folder / "data").splits[split]
+            (shard,) = statistics.shards
+            work.publish(folder / "data" / shard.file, f"shards/{key}.array_record")
+            work.publish(folder / "sources", f"shards/{key}.sources")
+            work.write(f"shards/{key}.json", msgspec.json.encode(statistics))
+    groups = work.table(f"shards/{key}.sources", ["group_id"])["group_id"].unique().to_pylist()
+    numbers = np.array([id_number(group) for group in groups], np.uint64)
+    return ShardFile(split, int(place), key, work.read(f"shards/{key}.json"), numbers)
+
+
+def _candidates(
+    work: Work, rows: Sequence[Rows], source: np.ndarray, offset: np.ndarray, size: np.ndarray
+) -> Iterator[tuple[Record, Candidate]]:
+    """Reads candidates, given by index into `rows`, offset and size; puts groups right."""
+    with _Blobs(work) as blobs:
+        for index, at, length in zip(source, offset.tolist(), size.tolist(), strict=True):
+            part = rows[index]
+            candidate = blobs.read(part.part, at, length)
+            record = decode_record(candidate.record)
+            if (group := part.groups.get(at)) is not None:
+                record = msgspec.structs.replace(record, group_id=group)
+            yield record, candidate
+
+
+def _source(split: str, record: Record, candidate: Candidate) -> dict[str, str]:
+    return {
+        "split": split,
+        "id": record.id,
+        "group_id": record.group_id,
+        "url": candidate.url,
+        "licence": candidate.licence,
+        "source": candidate.source,
+        "pixel_sha256": candidate.pixel_hash.hex(),
+    }
+
+
+def _shard_key(name: str, rows: Sequence[Rows], order: np.ndarray) -> str:
+    digest = hashlib.sha256(name.encode())
+    for each in rows:
+        digest.update(each.part.encode() + each.offset.tobytes())
+        digest.update(repr(sorted(each.groups.items())).encode())
+    digest.update(order.tobytes())
+    return digest.hexdigest()
+
+
+class _Blobs(ExitStack):
+    """The candidates of parts, of which a bounded number is open."""
+
+    def __init__(self, work: Work):
+        super().__init__()
+        self.work = work
+        self._files: OrderedDict[str, BinaryIO] = OrderedDict()
+        self.callback(lambda: [file.close() for file in self._files.values()])
+
+    def read(self, part: str, offset: int, size: int) -> Candidate:
+        file = self._files.pop(part, None)
+        if file is None:
+            file = open_file(self.work.path(f"parts/{part}.records"))
+            if len(self._files) == _OPEN_FILES:
+                self._files.popitem(last=False)[1].close()
+        self._files[part] = file
+        file.seek(offset)
+        return msgspec.msgpack.decode(file.read(size), type=Candidate)
+
+
+def check_target(path: str) -> None:
+    """Refuses a place that is taken.
+
+    Raises:
+      ValueError: it is there and not an empty folder.
+    """
+    if is_local(path):
+        target = Path(path)
+        taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    else:
+        taken = Work(path).exists(MANIFEST)
+    if taken:
+        raise ValueError(
+            f"config.output.path={path!r} exists and is not empty; remove it or choose another one"
+        )
+
+
+def assemble(work: Work, shards: Iterable[ShardFile], source: str, path: str) -> Manifest:
+    """Makes the data set of finished shards; a local folder appears whole or not at all.
+
+    Args:
+      source: for the manifest.
+      path: the folder to make.
+
+    Raises:
+      ValueError: there is no shard, so no record.
+    """
+    shards = sorted(shards, key=lambda shard: (shard.split, shard.place))
+    if not shards:
+        raise ValueError(
+            f"no record was left; the files in {work.path('status')} say why of every row"
+        )
+    splits: dict[str, Split] = {}
+    files: dict[str, str] = {}  # name in the data set -> in the work folder
+    groups: dict[str, list[np.ndarray]] = defaultdict(list)
+    for shard in shards:
+        added = msgspec.json.decode(shard.statistics, type=Split)
+        split = splits.setdefault(shard.split, Split())
+        added.shards[0].file = f"{shard.split}-{len(split.shards):05d}.array_record"
+        files[added.shards[0].file] = f"shards/{shard.key}.array_record"
+        _merge(split, added)
+        groups[shard.split].append(shard.groups)
+    for name, split in splits.items():
+        split.groups = len(np.unique(np.concatenate(groups[name])))
+    # Splits are made of whole groups.
+    manifest = Manifest(source=source, groups_in_several_splits=0, splits=splits)
+    with work.scratch() as folder:
+        sources = pq.ParquetWriter(folder / SOURCES, _SOURCES, compression="zstd")
+        with sources:
+            for shard in shards:
+                sources.write_table(work.table(f"shards/{shard.key}.sources"))
+        text = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+        (folder / MANIFEST).write_bytes(text)
+        place = _place_locally if is_local(path) else _place_remotely
+        place(work, files, folder, path)
+    return manifest
+
+
+def _place_locally(work: Work, files: dict[str, str], folder: Path, path: str) -> None:
+    target = Path(path).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):  # by a kill
+        shutil.rmtree(left, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    try:
+        for name, shard in files.items():
+            _link(work.path(shard), partial / name)
+        for name in (SOURCES, MANIFEST):
+            shutil.copyfile(folder / name, partial / name)
+        partial.chmod(0o755)  # mkdtemp's folder is private
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _link(source: str, target: Path) -> None:
+    """Gives a shard a second name where the disk allows it, else copies it."""
+    if is_local(source):
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # another disk, or one without links
+            pass
+    with open_file(source) as opened, open(target, "wb") as copy:
+        shutil.copyfileobj(opened, copy, 16 * 2**20)
+
+
+def _place_remotely(work: Work, files: dict[str, str], folder: Path, path: str) -> None:
+    target = Work(path)
+    for name, shard in files.items():
+        _link(work.path(shard), folder / name)
+        target.publish(folder / name, name)
+        (folder / name).unlink(missing_ok=True)
+    for name in (SOURCES, MANIFEST):  # the manifest last: with it the data set is there
+        target.publish(folder / name, name)
+
+
+def _merge(total: Split, added: Split) -> None:
+    for name, count in (
+        ("words_per_caption", "captions"),
+        ("image_height", "records"),
+        ("image_width", "records"),
+    ):
+        before, more = getattr(total, count), getattr(added, count)
+        merged = _merge_spreads(getattr(total, name), before, getattr(added, name), more)
+        setattr(total, name, merged)
+    total.records += added.records
+    total.captions += added.captions
+    total.shards += added.shards
+
+
+def _merge_spreads(first: Spread, before: int, second: Spread, more: int) -> Spread:
+    if not before or not more:
+        return first if before else second
+    return Spread(
+        min(first.least, second.least),
+        (first.mean * before + second.mean * more) / (before + more),
+        max(first.greatest, second.greatest),
+    )

@@ -1,0 +1,318 @@
+"""The build as one Beam pipeline, the same in this process and on a cluster.
+
+What moves between its steps is small: names of finished files in the work folder, and 24 bytes for
+each record. Pictures stay inside one step.
+
+    files -> chunks -> parts -> copies, near duplicates -> groups
+                           \\-------------------------------\\-> splits -> shards -> data set
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import apache_beam as beam
+from apache_beam.metrics import Metrics
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.portability.api import beam_provision_api_pb2
+from apache_beam.pvalue import AsDict, AsList, AsSingleton
+from apache_beam.runners.portability.fn_api_runner.fn_runner import (
+    ExtendedProvisionInfo,
+    FnApiRunner,
+)
+from apache_beam.runners.portability.portable_runner import JobServiceHandle
+
+from flip_jax.curate.captions import GrammarStage
+from flip_jax.curate.config import CurateConfig
+from flip_jax.curate.dedupe import BANDS
+from flip_jax.curate.groups import (
+    SPLITS,
+    Groups,
+    Links,
+    Settled,
+    find_copies,
+    find_near,
+    join,
+    settle,
+)
+from flip_jax.curate.inputs import Chunk, input_files, split_input
+from flip_jax.curate.optout import OptOut, OptOutStage
+from flip_jax.curate.output import (
+    Rows,
+    ShardFile,
+    assemble,
+    check_target,
+    route,
+    shard_counts,
+    write_shard,
+)
+from flip_jax.curate.parts import Part, PartMaker
+from flip_jax.curate.pictures import HashStage, ReadStage
+from flip_jax.curate.stages import Stage, fingerprint
+from flip_jax.curate.storage import Work, is_local
+
+COUNTS = "counts.json"
+_COPIES = -1  # the search that is not for near duplicates
+_BANDS_AT_A_TIME = 4  # in one search, which reads all hashes
+
+
+def build(cfg: CurateConfig) -> dict[str, int]:
+    """Makes a data set; goes on where an earlier build with the same work folder was stopped.
+
+    Args:
+      cfg: checked by `validate`.
+
+    Returns:
+      How many samples each stage saw, dropped and why; also in `counts.json` of the work folder.
+
+    Raises:
+      ValueError: settings or input that cannot be used, or no record was left.
+      OSError: files cannot be read or written.
+    """
+    check_target(cfg.output.path)
+    work = Work(cfg.output.work or cfg.output.path.rstrip("/") + ".work")
+    files = input_files(cfg.input)
+    stages = make_stages(cfg, work)
+    with _locked(work):
+        work.clear_scratch()
+        work.remove_folder("status")
+        options = beam_options(cfg)
+        with _plain_errors(), beam.Pipeline(_runner(cfg, options), options) as pipeline:
+            _connect(pipeline, cfg, work, files, stages)
+        return json.loads(work.read(COUNTS))
+
+
+def make_stages(cfg: CurateConfig, work: Work) -> list[Stage]:
+    """The stages between the input and the parts, in order."""
+    # Here: each brings its own libraries.
+    from flip_jax.curate.attributes import AttributeStage
+    from flip_jax.curate.faces import FaceStage
+
+    opt_out = OptOut(cfg.opt_out)
+    stages = [
+        OptOutStage(opt_out),
+        ReadStage(cfg.input, opt_out),
+        FaceStage(cfg.faces),
+        AttributeStage(cfg.attributes),
+        GrammarStage(cfg.captions),
+    ]
+    if cfg.rewrite.url is not None:
+        from flip_jax.curate.rewrite import RewriteStage
+
+        stages.append(RewriteStage(cfg.rewrite, cfg.rewrite.cache or work.path("rewrites")))
+    return [*stages, HashStage(opt_out)]
+
+
+def beam_options(cfg: CurateConfig) -> PipelineOptions:
+    options = [f"--runner={cfg.beam.runner}", "--default_sdk_harness_log_level=WARNING"]
+    if cfg.beam.runner == "DirectRunner":
+        mode = "multi_processing" if cfg.beam.workers > 1 else "in_memory"
+        options += [f"--direct_num_workers={cfg.beam.workers}", f"--direct_running_mode={mode}"]
+    return PipelineOptions([*options, *shlex.split(cfg.beam.options)])
+
+
+def _runner(cfg: CurateConfig, options: PipelineOptions) -> FnApiRunner | None:
+    """For DirectRunner the one that runs in this process: Beam itself would rather download and
+    start another program. None = what the options say."""
+    if cfg.beam.runner != "DirectRunner":
+        return None
+    told = JobServiceHandle.encode_pipeline_options(options.get_all_options())
+    info = beam_provision_api_pb2.ProvisionInfo(pipeline_options=told)
+    return FnApiRunner(provision_info=ExtendedProvisionInfo(info))
+
+
+def _connect(
+    pipeline: beam.Pipeline, cfg: CurateConfig, work: Work, files: list[str], stages: list[Stage]
+) -> None:
+    parts = (
+        pipeline
+        | "Files" >> beam.Create(list(enumerate(files)))
+        | "SpreadFiles" >> beam.Reshuffle()
+        | "SplitInput" >> beam.ParDo(SplitInput(work, cfg))
+        | "SpreadChunks" >> beam.Reshuffle()
+        | "MakeParts" >> beam.ParDo(MakeParts(PartMaker(work, cfg, stages)))
+    )
+    searches = [_COPIES, *(range(0, BANDS, _BANDS_AT_A_TIME) if cfg.dedupe.near else ())]
+    groups = (
+        pipeline
+        | "Searches" >> beam.Create(searches)
+        | "SpreadSearches" >> beam.Reshuffle()
+        | "FindCopies" >> beam.ParDo(FindCopies(work, cfg), AsList(parts))
+        | "AllLinks" >> beam.combiners.ToList()
+        | "Join" >> beam.Map(join)
+    )
+    settled = (
+        parts
+        | "SpreadParts" >> beam.Reshuffle()
+        | "Settle" >> beam.ParDo(Settle(work, cfg), AsSingleton(groups))
+    )
+    sizes = settled | "Sizes" >> beam.FlatMap(_sizes) | "SumSizes" >> beam.CombinePerKey(sum)
+    shards = (
+        settled
+        | "Route" >> beam.ParDo(Route(cfg), AsDict(sizes))
+        | "GroupByShard" >> beam.GroupByKey()
+        | "WriteShards" >> beam.ParDo(WriteShards(work))
+        | "AllShards" >> beam.combiners.ToList()
+    )
+    settled_counts = settled | "Counts" >> beam.Map(lambda each: each.counts)
+    shards | "Assemble" >> beam.ParDo(Assemble(work, cfg), AsList(parts), AsList(settled_counts))
+
+
+class SplitInput(beam.DoFn):
+    def __init__(self, work: Work, cfg: CurateConfig):
+        self.work, self.cfg = work, cfg
+
+    def process(self, file: tuple[int, str]) -> Iterable[Chunk]:
+        number, name = file
+        return split_input(self.work, name, number, self.cfg.input)
+
+
+class MakeParts(beam.DoFn):
+    def __init__(self, maker: PartMaker):
+        self.maker = maker
+
+    def process(self, chunk: Chunk) -> Iterator[Part]:
+        part = self.maker.make(chunk)
+        _to_metrics(part.counts)
+        yield part
+
+    def teardown(self) -> None:
+        self.maker.teardown()
+
+
+class FindCopies(beam.DoFn):
+    """Equal pictures, or near duplicates in some bands."""
+
+    def __init__(self, work: Work, cfg: CurateConfig):
+        self.work, self.cfg = work, cfg.dedupe
+
+    def process(self, search: int, parts: list[Part]) -> Iterator[Links]:
+        if not parts:
+            return
+        if search == _COPIES:
+            yield find_copies(self.work, parts, self.cfg)
+        else:
+            bands = range(search, search + _BANDS_AT_A_TIME)
+            yield find_near(self.work, parts, self.cfg, bands)
+
+
+class Settle(beam.DoFn):
+    def __init__(self, work: Work, cfg: CurateConfig):
+        self.work, self.cfg = work, cfg
+
+    def process(self, part: Part, groups: Groups) -> Iterator[Settled]:
+        settled = settle(self.work, part, groups, self.cfg)
+        _to_metrics(settled.counts)
+        yield settled
+
+
+def _sizes(settled: Settled) -> Iterator[tuple[str, int]]:
+    for code, split in enumerate(SPLITS):
+        if size := int(settled.size[settled.split == code].sum()):
+            yield split, size
+
+
+class Route(beam.DoFn):
+    def __init__(self, cfg: CurateConfig):
+        self.shard_bytes = cfg.output.shard_bytes
+
+    def process(self, settled: Settled, sizes: dict[str, int]) -> Iterator[tuple[str, Rows]]:
+        return route(settled, shard_counts(sizes, self.shard_bytes))
+
+
+class WriteShards(beam.DoFn):
+    def __init__(self, work: Work):
+        self.work = work
+
+    def process(self, shard: tuple[str, Iterable[Rows]]) -> Iterator[ShardFile]:
+        yield write_shard(self.work, *shard)
+
+
+class Assemble(beam.DoFn):
+    def __init__(self, work: Work, cfg: CurateConfig):
+        self.work, self.cfg = work, cfg
+
+    def process(
+        self, shards: list[ShardFile], parts: list[Part], settled: list[dict[str, int]]
+    ) -> None:
+        counts: Counter[str] = Counter()
+        for each in (*(part.counts for part in parts), *settled):
+            counts.update(each)
+        self.work.write(COUNTS, json.dumps(counts, sort_keys=True, indent=1).encode())
+        parts = sorted(parts, key=lambda part: part.place)
+        source = describe(self.cfg, [part.rows_key for part in parts])
+        assemble(self.work, shards, source, self.cfg.output.path)
+
+
+def describe(cfg: CurateConfig, rows_keys: list[str]) -> str:
+    """What a data set is made from and how, for its manifest: the settings that shape it, where
+    they are not the defaults of the release."""
+    told = {}
+    for group in ("faces", "attributes", "captions", "rewrite", "dedupe", "split"):
+        settings, defaults = getattr(cfg, group), getattr(CurateConfig(), group)
+        for item in dataclasses.fields(settings):
+            if (value := getattr(settings, item.name)) != getattr(defaults, item.name):
+                told[f"{group}.{item.name}"] = value
+    made = " ".join(f"{name}={value}" for name, value in told.items())
+    return f"curated from {cfg.input.paths}, rows {fingerprint(rows_keys)[:16]}; {made}"
+
+
+def _to_metrics(counts: dict[str, int]) -> None:
+    for name, count in counts.items():
+        Metrics.counter("curate", name).inc(count)
+
+
+_STEP = " [while running '"  # what Beam adds to the message of an error
+# The last line of a traceback that came from another process.
+_LAST_LINE = re.compile(
+    r"^(ValueError|OSError|FileNotFoundError|PermissionError): ((?:(?!^\w+: ).)*)"
+    r" \[while running '",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Makes the errors that a user can mend what they were: Beam adds to their message, and
+    reports those of other processes as RuntimeError with all tracebacks in it."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(str(error).partition(_STEP)[0]) from error
+    except RuntimeError as error:
+        found = _LAST_LINE.findall(str(error))
+        if not found:
+            raise
+        name, message = found[-1]
+        raise (ValueError if name == "ValueError" else OSError)(message) from error
+
+
+@contextmanager
+def _locked(work: Work) -> Iterator[None]:
+    """Keeps a second build away from a local work folder.
+
+    Raises:
+      ValueError: there is one.
+    """
+    if not is_local(work.root):
+        yield
+        return
+    Path(work.root).mkdir(parents=True, exist_ok=True)
+    with open(Path(work.root, "lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"config.output.work={work.root!r} is in use by another build; wait for it or "
+                "choose another folder"
+            ) from error
+        yield

@@ -1,0 +1,213 @@
+"""Rows of one shape from the tables that others publish."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from flip_jax.curate.config import InputConfig
+from flip_jax.curate.storage import open_file
+from flip_jax.data.attributes import ATTRIBUTE_INDEX, ATTRIBUTES
+from flip_jax.data.sources import attribute_labels, read_table
+
+_NUMBER = re.compile(r"-?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?")
+_COLUMNS = ("id", "image", "file", "url", "text", "box", "group", "licence", "source")
+
+ROWS = pa.schema(
+    [
+        ("id", pa.string()),
+        ("image", pa.binary()),  # the picture file itself, or
+        ("path", pa.string()),  # where it is below the chunk's container, and
+        ("offset", pa.int64()),  # where in that file
+        ("size", pa.int64()),  # -1 = to the end
+        ("url", pa.string()),
+        ("texts", pa.list_(pa.string())),
+        ("box", pa.list_(pa.float32())),  # corners in pixels
+        ("group", pa.string()),
+        ("licence", pa.string()),
+        ("source", pa.string()),
+        ("attributes", pa.binary()),  # int8 [40]
+        ("probabilities", pa.binary()),  # float32 [40], NaN = unknown
+        ("fetch", pa.bool_()),  # there is a url and no picture
+        ("problem", pa.string()),  # why the row is of no use
+    ]
+)
+Row = dict[str, Any]  # a row of ROWS; what is absent is null
+
+
+def table_rows(file: str, cfg: InputConfig) -> Iterator[Row]:
+    """Rows of a .parquet, .csv or .jsonl file.
+
+    Raises:
+      ValueError, OSError: it cannot be read or lacks a column.
+    """
+    if file.endswith(".parquet"):
+        with open_file(file) as opened:
+            parquet = pq.ParquetFile(opened)
+            names = parquet.schema_arrow.names
+            check_columns(file, names, cfg)
+            labels = _labels(names, lambda columns: parquet.read(columns=columns))
+            wanted = _wanted(cfg)
+            batches = parquet.iter_batches(batch_size=cfg.chunk_rows, columns=wanted)
+            yield from _labelled(batches, labels, cfg)
+        return
+    table = read_table(Path(file))
+    check_columns(file, table.column_names, cfg)
+    labels = _labels(table.column_names, table.select)
+    batches = table.select(_wanted(cfg)).to_batches(max_chunksize=cfg.chunk_rows)
+    yield from _labelled(batches, labels, cfg)
+
+
+def _labels(names: list[str], read: Callable[[list[str]], pa.Table]) -> np.ndarray | None:
+    """The columns of a whole file that are named like attributes: what -1 means depends on whether
+    there is any 0.
+
+    Returns:
+      int8 [N, 40] labels, or float32 [N, 40] probabilities where there are fractions; None where
+      there is no such column.
+    """
+    columns = [name for name in ATTRIBUTES if name in names]
+    if not columns:
+        return None
+    table = read(columns)
+    for place, name in enumerate(columns):  # pandas makes numbers with gaps float, gaps NaN
+        if pa.types.is_floating(table[name].type):
+            known = pc.if_else(pc.is_nan(table[name]), None, table[name])
+            table = table.set_column(place, name, known)
+    fractions = [
+        name
+        for name in columns
+        if pa.types.is_floating(table[name].type)
+        and pc.any(pc.not_equal(pc.floor(table[name]), table[name])).as_py()
+    ]
+    return _probabilities(table) if fractions else attribute_labels(table)
+
+
+def _probabilities(table: pa.Table) -> np.ndarray:
+    found = np.full((len(table), len(ATTRIBUTES)), np.nan, np.float32)
+    for name in table.column_names:
+        values = table[name].cast(pa.float32()).to_numpy()
+        strange = values[(values < 0) | (values > 1)]
+        if len(strange):
+            raise ValueError(f"column {name}: {strange[0]:g} is no probability, 0 to 1")
+        found[:, ATTRIBUTE_INDEX[name]] = values
+    return found
+
+
+def _labelled(
+    batches: Iterable[pa.RecordBatch], labels: np.ndarray | None, cfg: InputConfig
+) -> Iterator[Row]:
+    start = 0
+    for batch in batches:
+        for index, cells in enumerate(batch.to_pylist(), start):
+            row = row_of(cells, cfg)
+            if labels is not None:
+                kind = "attributes" if labels.dtype == np.int8 else "probabilities"
+                row[kind] = labels[index].tobytes()
+            yield _checked(row, cfg)
+        start += len(batch)
+
+
+def _wanted(cfg: InputConfig) -> list[str]:
+    names = (getattr(cfg, f"{kind}_column") for kind in _COLUMNS)
+    return list(dict.fromkeys(name for name in names if name is not None))
+
+
+def check_columns(file: str, names: list[str], cfg: InputConfig) -> None:
+    """Refuses a table without one of the wanted columns: ValueError."""
+    for kind in _COLUMNS:
+        name = getattr(cfg, f"{kind}_column")
+        if name is not None and name not in names:
+            raise ValueError(
+                f"config.input.{kind}_column={name!r}: {file} has no such column; it has "
+                f"{', '.join(names)}"
+            )
+
+
+def row_of(cells: dict[str, Any], cfg: InputConfig) -> Row:
+    """Reads the cells of a table row or of a .json file."""
+
+    def cell(kind: str) -> Any:
+        name = getattr(cfg, f"{kind}_column")
+        return None if name is None else cells.get(name)
+
+    row: Row = {
+        "id": _text(cell("id")),
+        "url": _url(cell("url")),
+        "texts": texts_of(cell("text")),
+        "licence": _text(cell("licence")) or cfg.licence,
+        "source": _text(cell("source")) or cfg.source,
+    }
+    group = _text(cell("group"))
+    row["group"] = cfg.group_prefix + group if group else None
+    if (given := cell("box")) is not None:
+        row["box"] = _box(given, cfg.box_format)
+        if row["box"] is None:
+            row["problem"] = "bad box"
+    image = cell("image")
+    row["image"] = image.get("bytes") if isinstance(image, dict) else image
+    if (name := _text(cell("file"))) is not None:
+        path = PurePath(name)
+        if path.is_absolute() or ".." in path.parts or "\0" in name:
+            row["problem"] = "bad file name"
+        row |= {"path": name, "offset": 0, "size": -1}
+    return row
+
+
+def _checked(row: Row, cfg: InputConfig) -> Row:
+    """Gives a row an id; finds rows of no use."""
+    row["fetch"] = row["image"] is None and row.get("path") is None
+    if row["fetch"] and not row["url"]:
+        row.setdefault("problem", "no url" if cfg.url_column else "no picture")
+    if not row["id"]:
+        if cfg.id_column is not None:
+            row.setdefault("problem", "no id")
+        if row.get("path"):
+            row["id"] = row["path"]
+        else:  # one picture may be there with several boxes
+            seed = json.dumps([row["url"], row.get("box")]).encode() + (row["image"] or b"")
+            row["id"] = hashlib.sha256(seed).hexdigest()[:32]
+    return row
+
+
+def _text(value: Any) -> str | None:
+    """A cell as text; numbers that pandas made float are whole again."""
+    if value is None:
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip() or None
+
+
+def texts_of(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [" ".join(text.split()) for text in values if isinstance(text, str) and text.strip()]
+
+
+def _url(value: Any) -> str | None:
+    """A cell of FaceCaption-15M may hold several, with ", " between, and UNKNOWN for none."""
+    if not isinstance(value, str):
+        return None
+    return next((url for url in value.split(", ") if url.strip() not in ("", "UNKNOWN")), None)
+
+
+def _box(value: Any, form: str) -> list[float] | None:
+    """Four numbers, in a list or written as text, as FaceCaption-15M has them."""
+    numbers = _NUMBER.findall(value) if isinstance(value, str) else value
+    try:
+        x0, y0, x1, y1 = (float(number) for number in numbers)
+    except (TypeError, ValueError):
+        return None
+    if form == "size":
+        x1, y1 = x0 + x1, y0 + y1
+    box = [x0, y0, x1, y1]
+    return box if np.isfinite(box).all() and x0 < x1 and y0 < y1 else None
