@@ -1,0 +1,113 @@
+"""Writing records of a published data set."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import cv2
+import msgspec
+import numpy as np
+from tqdm import tqdm
+
+from flip_jax.data.attributes import ATTRIBUTES, UNKNOWN
+from flip_jax.data.readers import RECORD_READERS
+from flip_jax.data.readers.reader import Reader
+from flip_jax.data.readers.samples import LandmarkSample, ParsingSample
+from flip_jax.data.record_build import BuildReport, Finished, Rejected, write_records
+from flip_jax.data.record_writer import RecordWriter
+from flip_jax.data.records import Record, file_sha256
+from flip_jax.data.transforms import BadImage, jpeg_size, prepare_image
+
+_QUALITY = 95  # of pictures that are no baseline JPEG and are encoded again
+
+
+def write_published(
+    name: str,
+    root: str | os.PathLike,
+    out_dir: str | os.PathLike,
+    *,
+    captions: int = 5,
+    max_bad_fraction: float = 0.01,
+    overwrite: bool = False,
+    threads: int = 2,
+) -> BuildReport:
+    """Writes all splits of a published data set as records, in the order of its tables.
+
+    A baseline RGB JPEG is stored byte for byte, any other picture is encoded again. A sample whose
+    files are missing or damaged is rejected and named.
+
+    Args:
+      name: of `RECORD_READERS`.
+      root: folder of the unpacked data set.
+      out_dir: the data set to make.
+      captions: to draw per picture by the grammar, where the data set has labels and no captions.
+      max_bad_fraction: share of rejected samples above which nothing is written.
+      overwrite: replace a data set in `out_dir`.
+      threads: decode so many pictures at a time; does not change the result.
+
+    Raises:
+      ValueError: unknown name, a table that is not as published, or too many rejections.
+      OSError: a table is missing, or a folder cannot be read or written.
+      ImportError: the data set needs an extra that is not installed.
+    """
+    if name not in RECORD_READERS:
+        raise ValueError(
+            f"data set {name!r} cannot be written as records; allowed: {', '.join(RECORD_READERS)}"
+        )
+    reader = RECORD_READERS[name]
+    options = {"captions": captions} if reader.DRAWS_CAPTIONS else {}
+    splits = [reader(root, split, **options) for split in reader.SPLITS]
+    tables = dict.fromkeys(path for split in splits for path in split.tables)
+    source = [f"{path.name} sha256 {file_sha256(path)[:16]}" for path in tables]
+    source += [f"{option}={value}" for option, value in options.items()]
+    report = BuildReport()
+    with RecordWriter(out_dir, "; ".join([name, *source]), overwrite=overwrite) as writer:
+        drafts = tqdm(_drafts(splits), name, sum(map(len, splits)), disable=None)
+        write_records(writer, report, iter(drafts), _finish, threads)
+        report.check(max_bad_fraction)
+    return report
+
+
+def _drafts(splits: list[Reader]) -> Iterator[tuple[Reader, int]]:
+    for split in splits:
+        for index in range(len(split)):
+            yield split, index
+
+
+def _finish(draft: tuple[Reader, int]) -> Finished:
+    reader, index = draft
+    try:
+        sample = reader[index]
+    except OSError as error:
+        raise Rejected("unreadable file", str(error)) from error
+    except ValueError as error:
+        raise Rejected("damaged file", str(error)) from error
+    try:
+        image, encoded_again = prepare_image(sample.image, None, _QUALITY)
+    except BadImage as error:
+        raise Rejected("undecodable picture", f"{sample.id}: {error}") from error
+    return Finished(reader.split, _record(sample, image), encoded_again)
+
+
+def _record(sample: Record | ParsingSample | LandmarkSample, image: bytes) -> Record:
+    if isinstance(sample, Record):
+        return msgspec.structs.replace(sample, image=image)
+    mask = box = None
+    if isinstance(sample, ParsingSample):
+        height, width = jpeg_size(image)
+        # A record's mask has the pixels of its picture.
+        mask = cv2.resize(sample.mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+        mask = cv2.imencode(".png", mask)[1].tobytes()
+    else:
+        box = sample.box
+    return Record(
+        id=sample.id,
+        group_id=sample.group_id,
+        image=image,
+        captions=[],
+        attributes=np.full(len(ATTRIBUTES), UNKNOWN, np.int8),
+        box=box,
+        landmarks=sample.landmarks,
+        mask=mask,
+    )

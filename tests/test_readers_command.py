@@ -1,0 +1,131 @@
+"""Records of published data sets: `python -m flip_jax.data read`."""
+
+import io
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import published_layouts as layouts
+import pytest
+from PIL import Image
+
+from flip_jax.data.__main__ import main
+from flip_jax.data.published import write_published
+from flip_jax.data.readers import READERS, RECORD_READERS, aflw
+from flip_jax.data.readers.celeba_hq import CelebAMaskHQ
+from flip_jax.data.records import RecordSource, load_manifest
+
+PAGE = Path(__file__).parent.parent / "docs" / "datasets.md"
+
+
+def read(name, root, out, *options) -> int:
+    return main(["read", name, "--root", str(root), "--out", str(out), *options])
+
+
+@pytest.mark.parametrize("name", sorted(RECORD_READERS))
+def test_every_data_set_becomes_records(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setattr(aflw, "_TRAIN", 4)
+    if name == "lfwa":
+        pytest.importorskip("h5py")
+    root, out, reader = tmp_path / "root", tmp_path / "out", READERS[name]
+    layouts.LAYOUTS[name](root)
+    assert read(name, root, out) == 0
+    printed = capsys.readouterr().out
+    assert "0 rows rejected" in printed
+    for split in reader.SPLITS:
+        samples, records = reader(root, split), RecordSource(out, split)
+        assert records.damaged_shards() == []
+        for sample, record in zip(samples, records, strict=True):
+            assert (record.id, record.group_id) == (sample.id, sample.group_id)
+            if sample.image.startswith(b"\xff\xd8"):
+                assert record.image == sample.image
+            for field in ("captions", "attributes", "box", "landmarks"):
+                wanted, found = getattr(sample, field, None), getattr(record, field)
+                if wanted is None:
+                    assert found is None or field in ("captions", "attributes")
+                else:
+                    np.testing.assert_array_equal(found, wanted)
+    shared = load_manifest(out).groups_in_several_splits
+    assert (shared > 0) == (name in ("face2text", "mm_celeba_hq", "wflw", "aflw19"))
+    assert ("WARNING" in printed) == (shared > 0)
+    tables = {path.name for split in reader.SPLITS for path in reader(root, split).tables}
+    assert all(f"{table} sha256" in load_manifest(out).source for table in tables)
+
+
+def test_captions(tmp_path, capsys):
+    layouts.celeba(tmp_path / "celeba")
+    assert read("celeba", tmp_path / "celeba", tmp_path / "a", "--captions", "2") == 0
+    assert read("celeba", tmp_path / "celeba", tmp_path / "b", "--threads", "1") == 0
+    two, five = RecordSource(tmp_path / "a", "val"), RecordSource(tmp_path / "b", "val")
+    for few, many in zip(two, five, strict=True):
+        assert few.captions == many.captions[:2] and len(many.captions) == 5
+    assert "captions=2" in capsys.readouterr().out
+
+
+def test_the_mask_of_a_record_has_the_pixels_of_its_picture(tmp_path):
+    layouts.celeba_mask_hq(tmp_path / "root")
+    write_published("celeba_mask_hq", tmp_path / "root", tmp_path / "out")
+    for sample, record in zip(
+        CelebAMaskHQ(tmp_path / "root", "test"), RecordSource(tmp_path / "out", "test"), strict=True
+    ):
+        mask = np.asarray(Image.open(io.BytesIO(record.mask)))
+        np.testing.assert_array_equal(mask, np.kron(sample.mask, np.ones((2, 2), np.uint8)))
+
+
+def test_bad_samples_are_named(tmp_path, capsys):
+    root = tmp_path / "root"
+    layouts.lapa(root)
+    images, labels = root / "train" / "images", root / "test" / "labels"
+    (images / "0_0.jpg").write_bytes(layouts.jpeg(0)[:-40])
+    (labels / "3_3.png").write_bytes(b"no picture")
+    (root / "test" / "landmarks" / "4_4.txt").unlink()
+    assert read("lapa", root, tmp_path / "out") == 2
+    printed = capsys.readouterr().err
+    assert "3 of 5 rows were rejected, allowed share 0.01; nothing was written" in printed
+    assert not (tmp_path / "out").exists()
+    assert read("lapa", root, tmp_path / "out", "--max-bad-fraction", "0.6") == 0
+    printed = capsys.readouterr().out
+    assert "2 records (1 train, 1 val), 0 pictures encoded again, 3 rows rejected" in printed
+    assert "undecodable picture: 1\n    train/0_0: damaged JPEG" in printed
+    assert f"damaged file: 1\n    {labels / '3_3.png'}: cannot decode the mask" in printed
+    points = root / "test" / "landmarks" / "4_4.txt"
+    assert f"unreadable file: 1\n    {points} is missing" in printed
+
+
+def test_what_cannot_be_read(tmp_path, capsys):
+    assert read("celeba", tmp_path, tmp_path / "out") == 2
+    assert "img_align_celeba is missing. celeba is read from" in capsys.readouterr().err
+    for name in ("fs2k", "imagenet"):
+        with pytest.raises(SystemExit):  # argparse names the choices
+            read(name, tmp_path, tmp_path / "out")
+        assert "300w" in capsys.readouterr().err
+        with pytest.raises(ValueError, match=f"data set '{name}' cannot be written.*celeba"):
+            write_published(name, tmp_path, tmp_path / "out")
+
+
+def test_the_page_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tensorflow_datasets")
+    monkeypatch.chdir(tmp_path)
+    downloads = tmp_path / "downloads"
+    layouts.celeba(downloads / "celeba")
+    layouts.lapa(downloads / "lapa")
+    layouts.face_caption(downloads / "FaceCaption-15M")
+    layouts.laion_face(downloads / "laion_face_meta")
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    for language, text in blocks:
+        if language == "python":
+            exec(compile(text, str(PAGE), "exec"), {})
+            continue
+        for line in text.splitlines():
+            assert main(shlex.split(line)[3:]) == 0, line
+    printed = capsys.readouterr().out
+    assert "celeba: schema" in printed and "000007.jpg (celeba:103)" in printed
+    assert "2 test/3_3 (64, 64) ['background'" in printed and "(106, 2)" in printed
+    assert "https://a.example/0.jpg [1.0, 2.0, 30.0, 40.0]" in printed and "\n6\n" in printed
+    assert "2 b'000007.jpg' (64, 64, 3)" in printed
+
+
+def test_the_page_names_every_data_set():
+    named = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", PAGE.read_text(), re.M)))
+    assert set(READERS) <= set(named)
