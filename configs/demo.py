@@ -2,8 +2,8 @@
 
 Draws its faces on first use, trains a small model and evaluates on people it never saw.
 
-Measured on two cores: 4 min 12 s with the drawing, 2.0 GB peak memory. On 1,000 pictures of 500
-people R@10 text to image is 13.2 %, where chance is 1 %.
+Some minutes on two idle cores with the drawing, 2 GB of memory. On 1,000 pictures of 500 people
+R@10 text to image is 12.2 %, where chance is 1 %.
 """
 
 from flip_jax.config import (

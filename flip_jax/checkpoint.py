@@ -38,6 +38,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preserve
 
 import flip_jax
+from flip_jax import distributed
 from flip_jax.config import CheckpointConfig
 from flip_jax.named_arrays import describe, mismatches, named_leaves, nested
 from flip_jax.same_run import check_same_run
@@ -100,8 +101,8 @@ class Checkpointer:
         self.close()
 
     def latest_step(self) -> int | None:
-        """Newest complete step on disk, or None."""
-        return max(_complete_steps(self._folder), default=None)
+        """Newest complete step on disk, or None; with several processes, as process 0 sees it."""
+        return distributed.gather(max(_complete_steps(self._folder), default=None))[0]
 
     def due(self, step: int) -> bool:
         """Whether `every_steps` or `every_minutes` asks for a save; all processes get one answer.
@@ -177,7 +178,7 @@ class Checkpointer:
           CheckpointError: stored data is damaged; names the arrays and the older steps.
         """
         self._wait()
-        folder = _step_folder(self._folder, step)
+        folder = _step_folder(self._folder, self.latest_step() if step is None else step)
         meta = _read_step_meta(folder)
         check_same_run(meta, self._meta, folder)
         trees = {}

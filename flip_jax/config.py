@@ -112,6 +112,9 @@ class OptimConfig:
     # Which parameters decay: `all` (reference: norms, biases and temperature too) or `kernels`.
     decay: Literal["all", "kernels"] = "all"
     clip_norm: float | None = None  # global gradient norm; the reference does not clip
+    # The towers see the batch in so many parts, one after the other, to save memory. Losses,
+    # candidates and negatives are those of the whole batch all the same.
+    accum_steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,12 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    # First and last step of a trace in `workdir/profile`, `10,20` on the command line; None = off.
+    steps: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     init: InitConfig = field(default_factory=InitConfig)
@@ -194,6 +203,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     epochs: float = 15.0
     seed: int = 42
     log_every_steps: int = 50
@@ -205,7 +215,7 @@ def validate(cfg: Config) -> Config:
     Raises:
       ValueError: naming the field, its value, what is allowed and what to change.
     """
-    _check_types(cfg, "config")
+    check_types(cfg, "config")
     _validate_model(cfg.model)
     _validate_training(cfg)
     return cfg
@@ -264,10 +274,13 @@ def _validate_training(cfg: Config) -> None:
     _at_least(cfg, 1, "loss.local_batch", "eval.batch_size", "eval.captions", "mesh.fsdp")
     _at_least(cfg, 1, "log_every_steps", "checkpoint.every_steps", "checkpoint.keep_last")
     _at_least(cfg, 1, "checkpoint.keep_every_steps", "model.embed_dim", "data.prefetch")
+    _at_least(cfg, 1, "optim.accum_steps")
     _at_least(cfg, 0, "loss.alpha_ramp_epochs", "optim.warmup_steps", "optim.weight_decay")
     _at_least(cfg, 0, "eval.every_epochs", "eval.rerank", "data.threads", "data.workers")
     _at_least(cfg, 0, "data.randaugment_ops", "data.max_bad_fraction", "checkpoint.keep_best")
     _require(cfg.data.path != "", "data.path", "", "must be a folder of records, or None")
+    address = "://" in (cfg.data.path or "")
+    _require(not address, "data.path", cfg.data.path, "must be a folder; see docs/scale.md")
     _require(batch >= 2, "data.batch_size", batch, "must be at least 2: ITM needs a negative")
     if loss.candidates == "local":
         _require(
@@ -292,6 +305,19 @@ def _validate_training(cfg: Config) -> None:
     )
     for name, value in (("loss.momentum", loss.momentum), ("loss.alpha", loss.alpha)):
         _require(0 <= value <= 1, name, value, "must be in [0, 1]")
+    _require(
+        batch % cfg.optim.accum_steps == 0,
+        "optim.accum_steps",
+        cfg.optim.accum_steps,
+        f"must divide data.batch_size={batch}",
+    )
+    steps = cfg.profile.steps
+    _require(
+        steps is None or 1 <= steps[0] <= steps[1],
+        "profile.steps",
+        steps,
+        "must be None or first,last with 1 <= first <= last",
+    )
     _require(cfg.optim.lr > 0, "optim.lr", cfg.optim.lr, "must be above 0")
     _require(cfg.epochs > 0, "epochs", cfg.epochs, "must be above 0")
 
@@ -302,6 +328,9 @@ def _allowed(value: Any, hint: Any) -> bool:
         return value in args
     if origin in (typing.Union, types.UnionType):
         return any(_allowed(value, arg) for arg in args)
+    if origin is tuple:
+        same = isinstance(value, tuple) and len(value) == len(args)
+        return same and all(map(_allowed, value, args))
     if hint in (int, float):
         number = isinstance(value, (int, float) if hint is float else int)
         return number and not isinstance(value, bool) and math.isfinite(value)
@@ -313,17 +342,39 @@ def _type_name(hint: Any) -> str:
         return "one of " + ", ".join(repr(arg) for arg in typing.get_args(hint))
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_type_name(arg) for arg in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return ",".join(_type_name(arg) for arg in typing.get_args(hint))
     return "None" if hint is type(None) else hint.__name__
 
 
-def _check_types(part: Any, name: str) -> None:
+def check_types(part: Any, name: str) -> None:
+    """Check every field of a (nested) dataclass against its annotation; `name` is for messages.
+
+    Raises:
+      ValueError: naming the field, its value and what is allowed.
+    """
     hints = typing.get_type_hints(type(part))
     for item in dataclasses.fields(part):
         value, path = getattr(part, item.name), f"{name}.{item.name}"
         if not _allowed(value, hints[item.name]):
             raise ValueError(f"{path}={value!r}: must be {_type_name(hints[item.name])}")
         if dataclasses.is_dataclass(value):
-            _check_types(value, path)
+            check_types(value, path)
+
+
+def from_arguments(cfg: Config, arguments: list[str]) -> Config:
+    """`cfg` with every `--config.field=value` or `--config.field value` of a command line set.
+
+    Raises:
+      ValueError: for anything else among the arguments, and as `override`.
+    """
+    items = iter(arguments)
+    for item in items:
+        if not item.startswith("--config."):
+            raise ValueError(f"unknown argument {item}")
+        path, equals, value = item.removeprefix("--config.").partition("=")
+        cfg = override(cfg, path, value if equals else next(items, ""))
+    return cfg
 
 
 def override(cfg: Config, path: str, text: str) -> Config:
@@ -367,11 +418,14 @@ def _parse(text: str, hint: Any, where: str) -> Any:
     return value
 
 
-def load(path: str | Path) -> Config:
+def load(path: str | Path, kind: type = Config) -> Any:
     """Run `get_config()` of a file under `configs/`.
 
+    Args:
+      kind: dataclass that it must return.
+
     Raises:
-      ValueError: if the file is missing or has no `get_config` that returns a Config.
+      ValueError: if the file is missing or has no `get_config` that returns a `kind`.
     """
     path = Path(path)
     if not path.is_file():
@@ -381,16 +435,20 @@ def load(path: str | Path) -> Config:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     cfg = module.get_config() if hasattr(module, "get_config") else None
-    if not isinstance(cfg, Config):
+    if not isinstance(cfg, kind):
         raise ValueError(
-            f"--config={path}: needs a function get_config() -> flip_jax.config.Config"
+            f"--config={path}: needs a function get_config() -> {kind.__module__}.{kind.__name__}"
         )
     return cfg
 
 
 def to_dict(cfg: Config) -> dict[str, Any]:
     """Nested plain dict, ready for JSON."""
-    return dataclasses.asdict(cfg)
+
+    def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in items}
+
+    return dataclasses.asdict(cfg, dict_factory=plain)
 
 
 def from_dict(values: dict[str, Any], kind: type = Config) -> Any:
@@ -403,9 +461,10 @@ def from_dict(values: dict[str, Any], kind: type = Config) -> Any:
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise ValueError(f"{kind.__name__} has no field {', '.join(unknown)}")
-    return kind(
-        **{
-            name: from_dict(value, hints[name]) if dataclasses.is_dataclass(hints[name]) else value
-            for name, value in values.items()
-        }
-    )
+    return kind(**{name: _from_plain(value, hints[name]) for name, value in values.items()})
+
+
+def _from_plain(value: Any, hint: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(value, hint)
+    return tuple(value) if isinstance(value, list) else value

@@ -1,4 +1,7 @@
-"""`python -m flip_jax.main --config configs/demo.py [--workdir DIR] [--config.field=value ...]`."""
+"""`python -m flip_jax.main --config configs/demo.py [--workdir DIR] [--config.field=value ...]`.
+
+A run of several processes: this command for each of them, see flip_jax/distributed.py.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,19 @@ USAGE = """Any field of the config can be set on the command line, for example
 The fields, their defaults and what they mean are in flip_jax/config.py."""
 
 
-def parse(argv: list[str]) -> tuple[config.Config, Path, bool]:
-    """Command line -> (checked config, workdir, evaluate only).
+log = logging.getLogger(__name__)
+
+JOBS = {
+    "eval_only": "evaluate the newest checkpoint",
+    "print_sharding": "show how every array of the state is cut over the devices",
+}
+
+
+def parse(argv: list[str]) -> tuple[config.Config, Path, str]:
+    """Command line -> (checked config, workdir, `train` or one of `JOBS`).
 
     Raises:
-      ValueError: for a bad config file, field or value.
+      ValueError: for a bad config file, field, value or workdir.
     """
     parser = argparse.ArgumentParser(
         "python -m flip_jax.main",
@@ -28,18 +39,20 @@ def parse(argv: list[str]) -> tuple[config.Config, Path, bool]:
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="a file with get_config(), see configs/")
-    parser.add_argument("--workdir", type=Path, help="default: runs/<name of the config>")
-    parser.add_argument("--eval_only", action="store_true", help="evaluate the newest checkpoint")
-    args, rest = parser.parse_known_args(argv)
-    cfg = config.load(args.config)
-    fields = iter(rest)
-    for item in fields:
-        if not item.startswith("--config."):
-            parser.error(f"unknown argument {item}")
-        path, equals, value = item.removeprefix("--config.").partition("=")
-        cfg = config.override(cfg, path, value if equals else next(fields, ""))
-    workdir = args.workdir or Path("runs") / Path(args.config).stem
-    return config.validate(cfg), workdir, args.eval_only
+    parser.add_argument("--workdir", help="default: runs/<name of the config>")
+    jobs = parser.add_mutually_exclusive_group()
+    for name, what in JOBS.items():
+        jobs.add_argument(
+            f"--{name}", action="store_const", const=name, dest="job", default="train", help=what
+        )
+    args, fields = parser.parse_known_args(argv)
+    cfg = config.from_arguments(config.load(args.config), fields)
+    if "://" in (args.workdir or ""):
+        raise ValueError(
+            f"--workdir={args.workdir}: must be a folder; mount the bucket, see docs/scale.md"
+        )
+    workdir = Path(args.workdir or f"runs/{Path(args.config).stem}")
+    return config.validate(cfg), workdir, args.job
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,11 +61,19 @@ def main(argv: list[str] | None = None) -> int:
     for noisy in ("absl", "jax", "orbax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        cfg, workdir, eval_only = parse(sys.argv[1:] if argv is None else argv)
+        cfg, workdir, job = parse(sys.argv[1:] if argv is None else argv)
         # After the command line is known to be good: importing JAX takes seconds.
-        from flip_jax import train
+        from flip_jax import distributed, train
 
-        train.evaluate(cfg, workdir) if eval_only else train.train(cfg, workdir)
+        with distributed.session():
+            if not distributed.is_main():
+                logging.getLogger().setLevel(logging.ERROR)
+            if job == "print_sharding":
+                log.info(train.sharding_table(cfg))
+            elif job == "eval_only":
+                train.evaluate(cfg, workdir)
+            else:
+                train.train(cfg, workdir)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

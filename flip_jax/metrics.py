@@ -202,8 +202,9 @@ def model_flops_per_pair(cfg: Config) -> float:
     text; cross-attention keys and values, 4 N D_v D, are computed once per image. A backward pass
     costs twice the forward pass, except that nothing flows back into pixels (the patch embedding
     counts twice, not three times). On top come the momentum twins (ViT on all tokens, text and
-    heads, forward only), the ITC similarities (2 directions, each 2 C E for online logits, their
-    backward pass into the embeddings, and teacher logits) and those for hard negatives (2 B E).
+    heads, forward only), the ITC similarities (2 directions, each for online embeddings and for
+    twins 2 C E for logits and 2 C E for the weighted sum of candidates, which makes the gradient)
+    and those for hard negatives (2 directions, each 2 B E).
 
     At base size this is 0.324 TFLOP; the reference, which computes the cross-attention keys and
     values of each of the three rows, needs 0.357.
@@ -225,7 +226,7 @@ def model_flops_per_pair(cfg: Config) -> float:
     heads = 2 * vision.width * embed + 2 * width * embed
 
     local = cfg.loss.local_batch if cfg.loss.candidates == "local" else batch
-    similarities = 2 * 3 * 2 * (local + cfg.loss.queue_size) * embed + 2 * batch * embed
+    similarities = 2 * 2 * 4 * (local + cfg.loss.queue_size) * embed + 2 * 2 * batch * embed
     online = 2 * patch_embed + 3 * (vit + bert + fusion + heads)
     twins = patch_embed + vit_all + bert + heads
     return float(online + twins + similarities)

@@ -6,7 +6,9 @@ twins are cut over `fsdp` by one table of path rules, everything else is replica
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,8 +26,11 @@ RULES = (
 )
 
 
-def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A (data, fsdp) mesh over all devices.
+
+    Devices stand slice by slice and host by host, so that each host's rows of a batch are one
+    stretch and the slow links between slices run along `data`.
 
     Raises:
       ValueError: if `mesh.data * mesh.fsdp` is not the number of devices.
@@ -34,12 +39,35 @@ def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     count = len(devices)
     data = count // cfg.fsdp if cfg.data == -1 else cfg.data
     if data * cfg.fsdp != count or data < 1:
+        divisors = [n for n in range(1, count + 1) if count % n == 0]
         raise ValueError(
             f"mesh.data={cfg.data} x mesh.fsdp={cfg.fsdp} does not make the {count} devices there "
-            f"are; set mesh.data=-1 and mesh.fsdp to a divisor of {count}"
+            f"are; set mesh.data=-1 and mesh.fsdp to one of {', '.join(map(str, divisors))}"
         )
-    grid = np.asarray(devices).reshape(data, cfg.fsdp)
+    ordered = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id))
+    grid = np.asarray(ordered).reshape(data, cfg.fsdp)
     return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def host_slice(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """Which of how many equal stretches of a batch's rows a process holds: (index, count).
+
+    Args:
+      process: None = this one.
+
+    Raises:
+      ValueError: if the rows of the mesh's processes are not equal stretches, or the process has
+        no device of the mesh.
+    """
+    process = jax.process_index() if process is None else process
+    owners = [device.process_index for device in mesh.devices.flat]
+    order = list(dict.fromkeys(owners))
+    each = len(owners) // len(order)
+    if owners != [owner for owner in order for _ in range(each)]:
+        raise ValueError(f"the processes of the mesh's devices, {owners}, are not equal stretches")
+    if process not in order:
+        raise ValueError(f"process {process} has no device of the mesh, only {order} have")
+    return order.index(process), len(order)
 
 
 def leaf_path(path: tuple) -> str:
@@ -68,7 +96,26 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over all devices."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
+    return NamedSharding(mesh, P(mesh.axis_names))
+
+
+def sharding_table(state: Any) -> str:
+    """One line per leaf of an abstract state: path, type, spec, MiB on each device; then totals.
+
+    Args:
+      state: tree of `jax.ShapeDtypeStruct` with shardings.
+    """
+    rows, totals = [], {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        name = leaf_path(path)
+        size = leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) / 2**20
+        part = name.split("/")[0]
+        totals[part] = totals.get(part, 0.0) + size
+        kind = f"{leaf.dtype}{list(leaf.shape)}"
+        rows.append(f"{name:62} {kind:26} {tuple(leaf.sharding.spec)!s:24} {size:9.2f}")
+    rows += [f"{part:114} {size:9.2f}" for part, size in totals.items()]
+    rows.append(f"{'MiB on each device':114} {sum(totals.values()):9.2f}")
+    return "\n".join(rows)
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

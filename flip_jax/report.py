@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
+from flip_jax import distributed
 from flip_jax.downstream.retrieval import SHOWN, Retrieval
 
 QUERIES = 6
@@ -98,12 +99,16 @@ def _start(rows: list[dict[str, float]], retrieval: Retrieval) -> dict[str, floa
 def write_results(workdir: Path, step: int, retrieval: Retrieval, gallery: Any) -> None:
     """Print the retrieval table; write `results.json` and `report.png` into the workdir.
 
+    Only process 0 does.
+
     Args:
       workdir: of the run; its metrics.jsonl gives the curves and the numbers at step 0.
       step: of the model that was evaluated.
       retrieval: the final evaluation.
       gallery: what it was made on, see `flip_jax.data.pipeline.Gallery`.
     """
+    if not distributed.is_main():
+        return
     path = workdir / "metrics.jsonl"
     rows = read_metrics(path) if path.exists() else []
     start = _start(rows, retrieval)

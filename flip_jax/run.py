@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from flip_jax import partition
+import flip_jax
+from flip_jax import distributed, partition
 from flip_jax.checkpoint import Checkpointer
 from flip_jax.config import Config, to_dict
 from flip_jax.data.pipeline import Gallery, TrainPipeline
@@ -32,20 +35,23 @@ class Run:
 
     def __init__(self, cfg: Config, workdir: Path):
         self.cfg, self.workdir = cfg, workdir
-        if jax.process_count() > 1:
-            raise ValueError(
-                f"{jax.process_count()} processes: training runs in one process, on all devices "
-                "of one host; start it on one host"
-            )
+        distributed.check_started()
+        distributed.check_same(_program(cfg))
         self.mesh = partition.make_mesh(cfg.mesh)
+        host_index, host_count = partition.host_slice(self.mesh)
         if cfg.data.batch_size % self.mesh.size:
+            fits = cfg.data.batch_size // self.mesh.size * self.mesh.size
             raise ValueError(
                 f"config.data.batch_size={cfg.data.batch_size}: must be a multiple of the "
-                f"{self.mesh.size} devices of the mesh"
+                f"{self.mesh.size} devices of the mesh, for example {fits or self.mesh.size} or "
+                f"{fits + self.mesh.size}"
             )
+        distributed.check_shared(workdir)
         path = data_path(cfg, workdir)
         self.tokenizer = load_tokenizer(cfg)
         self.source = RecordSource(path, cfg.data.train_split)
+        data = {"vocabulary": self.tokenizer.vocab_hash, "data": self.source.manifest_hash}
+        distributed.check_same(data)
         size = cfg.model.vision.image_size
         self.pipeline = TrainPipeline(
             self.source,
@@ -53,6 +59,9 @@ class Run:
             cfg.data,
             size,
             cfg.seed,
+            host_index,
+            host_count,
+            distributed.gather,
         )
         self.gallery = Gallery(
             RecordSource(path, cfg.data.eval_split),
@@ -61,6 +70,9 @@ class Run:
             limit=cfg.eval.max_images,
             captions=cfg.eval.captions,
             threads=cfg.data.threads,
+            host_index=host_index,
+            host_count=host_count,
+            gather=distributed.gather,
         )
         self.evaluator = RetrievalEvaluator(cfg, self.gallery, self.mesh)
         self.steps_per_epoch = self.pipeline.steps_per_epoch
@@ -75,7 +87,7 @@ class Run:
         self.checkpointer = Checkpointer(workdir, cfg.checkpoint, self.meta)
 
     def to_devices(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
-        """The part of a host batch that the step reads, on the mesh."""
+        """The part of this host's rows that the step reads, on the mesh."""
         names = ("image", "token_ids", "token_mask", "group")
         return partition.to_global({name: batch[name] for name in names}, self.mesh)
 
@@ -97,7 +109,7 @@ def load_tokenizer(cfg: Config) -> Tokenizer:
 
 
 def data_path(cfg: Config, workdir: Path) -> Path:
-    """The folder of records; drawn faces are rendered into the workdir on first use.
+    """The folder of records; drawn faces are rendered into the workdir on first use, by process 0.
 
     Raises:
       ValueError: if the config names no data.
@@ -105,7 +117,10 @@ def data_path(cfg: Config, workdir: Path) -> Path:
     if cfg.data.path is not None:
         return Path(cfg.data.path)
     if cfg.data.drawn.train_identities:
-        return write_drawn(cfg.data.drawn, workdir / "data")
+        if distributed.is_main():
+            write_drawn(cfg.data.drawn, workdir / "data")
+        distributed.gather(None)  # until it is there
+        return workdir / "data"
     raise ValueError(
         "config.data.path is not set. `python -m flip_jax.data build --help` makes records from "
         "pictures and a table of captions or attributes; then add --config.data.path=FOLDER. "
@@ -113,9 +128,29 @@ def data_path(cfg: Config, workdir: Path) -> Path:
     )
 
 
+def _program(cfg: Config) -> dict[str, str]:
+    """What all processes must have in common, or they compile steps that do not fit together."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    versions = {f"the version of {name}": importlib.metadata.version(name) for name in packages}
+    flags = {name: os.environ.get(name, "not set") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
+    return {
+        "the version of flip_jax": flip_jax.__version__,
+        **versions,
+        **flags,
+        **_fields(to_dict(cfg), "config"),
+    }
+
+
+def _fields(value: Any, name: str) -> dict[str, str]:
+    if not isinstance(value, dict):
+        return {name: repr(value)}
+    return {k: v for key in value for k, v in _fields(value[key], f"{name}.{key}").items()}
+
+
 class StopSignal:
     """Context in which SIGTERM or Ctrl-C asks for a stop after the current step.
 
+    With several processes one that is asked stops all, a second or two later, after the same step.
     A second Ctrl-C interrupts at once.
     """
 
@@ -124,6 +159,10 @@ class StopSignal:
         signals = (signal.SIGTERM, signal.SIGINT)
         self._previous = {number: signal.signal(number, self._request) for number in signals}
         return self
+
+    def due(self, step: int) -> bool:
+        """Whether to stop after `step` steps; all processes ask once with every step."""
+        return distributed.stops_at(step, self.requested)
 
     def _request(self, number: int, _: object) -> None:
         if self.requested and number == signal.SIGINT:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
+from flip_jax import distributed
 from flip_jax.downstream.retrieval import Retrieval
 from flip_jax.metrics import (
     MetricsWriter,
@@ -18,6 +22,10 @@ from flip_jax.metrics import (
 )
 from flip_jax.run import Run
 
+# Steps that the host may be ahead of the devices: enough to keep them busy, few enough that a stop
+# is soon done. From 32 on, CPU devices of several processes would wait for each other for ever.
+RUN_AHEAD = 4
+
 Array = jax.Array
 log = logging.getLogger(__name__)
 
@@ -26,7 +34,8 @@ class StepLog:
     """Metrics on their way from the device to the log; the guard against non-finite losses.
 
     Metrics stay on the device until `flush`, so that steps do not wait for each other; `flush`
-    sees every step, so the first bad one is named.
+    sees every step, so the first bad one is named. Every process has one and calls the same
+    methods; process 0 writes and prints.
     """
 
     def __init__(self, run: Run, start_step: int):
@@ -34,9 +43,11 @@ class StepLog:
         self._pending: list[tuple[int, dict[str, Array], Any]] = []
         self._bad_records = 0
         self._saved = start_step or None
-        self._writer = MetricsWriter(run.workdir, start_step)
         cfg = run.cfg
-        self._progress = ProgressReporter(run.total_steps, start_step, cfg.data.batch_size)
+        self._writer, self._progress = None, None
+        if distributed.is_main():
+            self._writer = MetricsWriter(run.workdir, start_step)
+            self._progress = ProgressReporter(run.total_steps, start_step, cfg.data.batch_size)
         peak = peak_flops(run.mesh.devices.flat[0])
         self.timer = StepTimer(
             cfg.data.batch_size,
@@ -48,14 +59,18 @@ class StepLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.close()
-        self._writer.close()
+        if self._writer is not None:
+            self._progress.close()
+            self._writer.close()
 
     def add(self, step: int, metrics: dict[str, Array], batch: dict[str, Any]) -> None:
-        """Metrics of a step that was started."""
+        """Metrics of a step that was started; waits for the one `RUN_AHEAD` steps before."""
         self._pending.append((step, metrics, batch["index"]))
         self._bad_records += int((batch["bad"] > 0).sum())
-        self._progress.step()
+        if self._progress is not None:
+            self._progress.step()
+        if len(self._pending) > RUN_AHEAD:
+            jax.block_until_ready(self._pending[-1 - RUN_AHEAD][1])
         if step == self._start + 1:
             jax.block_until_ready(metrics)
             self.timer.report()  # throughput counts from here: the first step compiled
@@ -68,15 +83,25 @@ class StepLog:
             return
         fetched = jax.device_get([metrics for _, metrics, _ in self._pending])
         for (step, _, records), values in zip(self._pending, fetched, strict=True):
-            names = (self._run.source[int(number)].id for number in records)
-            check_finite(step, values, names, self._saved)
+            check_finite(step, values, self._ids(records), self._saved)
         last = self._pending[-1][0]
         mean = {name: sum(v[name] for v in fetched) / len(fetched) for name in fetched[0]}
-        mean |= self.timer.report() | {"bad_records": self._bad_records}
-        self._writer.write(last, mean)
-        self._progress.log(last, mean)
+        bad_records = sum(distributed.gather(self._bad_records))
+        mean |= self.timer.report() | {"bad_records": bad_records}
+        self._write(last, mean)
+        if self._progress is not None:
+            self._progress.log(last, mean)
         self._pending.clear()
         self._bad_records = 0
+
+    def _ids(self, records: np.ndarray) -> Iterator[str]:
+        """Of the whole batch, all processes' rows."""
+        own = [self._run.source[number].id for number in records.tolist()]
+        yield from itertools.chain.from_iterable(distributed.gather(own))
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        if self._writer is not None:
+            self._writer.write(step, values)
 
     def evaluate(self, step: int, state: dict[str, Any]) -> Retrieval:
         """Evaluate and write `eval/...`."""
@@ -84,7 +109,7 @@ class StepLog:
         with self.timer.paused():
             result = self._run.evaluator(state["params"])
             found = result.metrics()
-            self._writer.write(step, {f"eval/{name}": value for name, value in found.items()})
+            self._write(step, {f"eval/{name}": value for name, value in found.items()})
             log.info("step %d: mean recall %.2f %%", step, found["mean_recall"])
         return result
 

@@ -11,15 +11,18 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, use_abstract_mesh
 
 from flip_jax import checkpoint, partition
 from flip_jax.config import Config
 from flip_jax.convert.init import initial_state
 from flip_jax.downstream.retrieval import Retrieval
-from flip_jax.losses.itc import grouped_itc_loss
-from flip_jax.losses.itm import itm_inputs, itm_loss, sample_hard_negatives
+from flip_jax.losses.itc_sharded import sharded_itc_loss
+from flip_jax.losses.itm import itm_logits, itm_loss, sample_hard_negatives
 from flip_jax.models import flip
 from flip_jax.optim import learning_rate, make_optimizer, target_alpha
+from flip_jax.parts import in_parts
+from flip_jax.profile import StepProfile
 from flip_jax.report import write_results
 from flip_jax.run import Run, StopSignal
 from flip_jax.same_run import check_same_run
@@ -62,6 +65,7 @@ def flip_loss(
     *,
     cfg: Config,
     graphdef: nnx.GraphDef,
+    mesh: Mesh | None = None,
     negatives: dict[str, Array] | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """ITC + ITM, equal weights.
@@ -73,10 +77,11 @@ def flip_loss(
         token_mask bool [B, S], group int32 [B].
       alpha: weight of the momentum targets.
       key: dropout, patch masking and negatives; None = deterministic, then `negatives` is needed.
+      mesh: has the rows of the batch on all of its devices; None = one device.
       negatives: {"image", "text": int32 [B]} instead of drawn ones.
 
     Returns:
-      (loss, metrics and the twins' embeddings for the queue)
+      (loss, {"metrics": scalars; "twin_embeds": for the queue; "itm_logits": float32 [3B, 2]})
     """
     keys = [None] * 5 if key is None else jax.random.split(key, 5)
     image, group = batch["image"], batch["group"]
@@ -84,16 +89,22 @@ def flip_loss(
     model = nnx.merge(graphdef, params)
     twin = nnx.merge(graphdef, params | momentum)
 
-    image_tokens, image_embed = model.encode_image(image, keys[0])
-    _, text_embed = model.encode_text(*texts, keys[1])
-    # As in the reference the twins run in train mode: their text dropout is active.
-    _, twin_image_embed = twin.encode_image(image)
-    _, twin_text_embed = twin.encode_text(*texts, keys[2])
-    twin_embeds = jax.lax.stop_gradient({"image": twin_image_embed, "text": twin_text_embed})
+    def encode(keys, image, texts):
+        image_tokens, image_embed = model.encode_image(image, keys[0])
+        return image_tokens, {"image": image_embed, "text": model.encode_text(*texts, keys[1])[1]}
+
+    def encode_twin(key, image, texts):
+        # As in the reference the twins run in train mode: their text dropout is active.
+        text_embed = twin.encode_text(*texts, key)[1]
+        return {"image": twin.encode_image(image)[1], "text": text_embed}
+
+    parts = cfg.optim.accum_steps
+    image_tokens, embeds = in_parts(encode, parts)(tuple(keys[:2]), image, texts)
+    twin_embeds = jax.lax.stop_gradient(in_parts(encode_twin, parts)(keys[2], image, texts))
 
     local = cfg.loss.local_batch if cfg.loss.candidates == "local" else len(group)
-    itc, same_group = grouped_itc_loss(
-        {"image": image_embed, "text": text_embed},
+    itc, same_group = sharded_itc_loss(
+        embeds,
         twin_embeds,
         queue,
         group,
@@ -101,15 +112,17 @@ def flip_loss(
         alpha,
         cfg.loss.same_group,
         local,
+        mesh,
     )
 
     valid = {"image": jnp.ones_like(group, bool), "text": jnp.ones_like(group, bool)}
     if negatives is None:
         negatives, valid = sample_hard_negatives(
-            image_embed, text_embed, group, params["temperature"], keys[3]
+            embeds["image"], embeds["text"], group, params["temperature"], keys[3], mesh
         )
-    token_ids, token_mask, image_index = itm_inputs(*texts, negatives)
-    logits = model.match(token_ids, token_mask, image_tokens, image_index, keys[4])
+    logits = itm_logits(
+        model.match, *texts, image_tokens, negatives, keys[4], mesh=mesh, parts=parts
+    )
     itm, itm_accuracy = itm_loss(logits, valid)
 
     loss = itc + itm
@@ -121,6 +134,8 @@ def flip_loss(
         "itm_without_negative": jnp.sum(~valid["image"]),
         "same_group": same_group,
     }
+    # In the reference's order: all pairs, all negative images, all negative texts.
+    logits = logits.swapaxes(0, 1).reshape(-1, 2)
     return loss, {"metrics": metrics, "twin_embeds": twin_embeds, "itm_logits": logits}
 
 
@@ -129,8 +144,11 @@ def make_train_step(
     tx: optax.GradientTransformation,
     learning_rate: optax.Schedule,
     alpha: optax.Schedule,
+    mesh: Mesh | None = None,
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
     """The step as a pure function (state, batch) -> (state, metrics); the caller jits it.
+
+    `mesh` has the rows of the batch on all of its devices; None = one device.
 
     Order, as in the reference: clamp the temperature, move the twins towards the online weights,
     then losses, gradient, AdamW, and the twins' embeddings into the queue. Randomness is
@@ -156,6 +174,7 @@ def make_train_step(
                 jax.random.fold_in(jax.random.key(cfg.seed), number),
                 cfg=cfg,
                 graphdef=graphdef,
+                mesh=mesh,
                 negatives=batch.get("negatives"),
             )
 
@@ -177,7 +196,11 @@ def make_train_step(
         }
         return new_state, metrics
 
-    return step
+    def step_on_mesh(state: TrainState, batch: dict[str, Array]):
+        with use_abstract_mesh(mesh.abstract_mesh):  # where the towers find it
+            return step(state, batch)
+
+    return step if mesh is None else step_on_mesh
 
 
 class Compiled:
@@ -189,7 +212,7 @@ class Compiled:
       step: (state, device batch) -> (state, metrics); the state's buffers are donated.
     """
 
-    def __init__(self, cfg: Config, mesh: jax.sharding.Mesh, steps_per_epoch: int, steps: int):
+    def __init__(self, cfg: Config, mesh: Mesh, steps_per_epoch: int, steps: int):
         rate = learning_rate(cfg.optim, steps_per_epoch, steps)
         tx = make_optimizer(cfg.optim, rate)
         shapes = jax.eval_shape(lambda: init_state(cfg, tx))
@@ -201,10 +224,20 @@ class Compiled:
         )
         self.init = jax.jit(lambda: init_state(cfg, tx), out_shardings=shardings)
         self.step = jax.jit(
-            make_train_step(cfg, tx, rate, target_alpha(cfg, steps_per_epoch)),
+            make_train_step(cfg, tx, rate, target_alpha(cfg, steps_per_epoch), mesh),
             donate_argnums=0,
             out_shardings=(shardings, None),
         )
+
+
+def sharding_table(cfg: Config) -> str:
+    """How every array of the train state is cut over the devices; reads no data.
+
+    Raises:
+      ValueError: if `cfg.mesh` does not fit the devices.
+    """
+    compiled = Compiled(cfg, partition.make_mesh(cfg.mesh), steps_per_epoch=1, steps=1)
+    return partition.sharding_table(compiled.target)
 
 
 def train(cfg: Config, workdir: Path) -> Retrieval | None:
@@ -245,14 +278,17 @@ def _train_from(
 ) -> tuple[int, Retrieval | None]:
     """The loop: returns the step it ended at, and the final evaluation if that is the last one."""
     total = run.total_steps
-    with StepLog(run, step) as steps, run.pipeline.batches(step) as batches:
+    profile = StepProfile(run.cfg.profile, run.workdir / "profile")
+    with StepLog(run, step) as steps, run.pipeline.batches(step) as batches, profile:
         if step == 0:
             steps.evaluate(0, state)
-        while step < total and not stop.requested:
+        while step < total and not stop.due(step):
             with steps.timer.waiting():
                 batch = next(batches)
-            state, metrics = compiled.step(state, run.to_devices(batch))
             step += 1
+            profile.begin(step)
+            state, metrics = compiled.step(state, run.to_devices(batch))
+            profile.end(step, metrics)
             steps.add(step, metrics, batch)
             if step % run.cfg.log_every_steps == 0:
                 steps.flush()

@@ -1,6 +1,7 @@
 """Overrides, types and checks: every error names the field, the value and what is allowed."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -121,13 +122,28 @@ def test_missing_and_wrong_config_files(tmp_path):
 
 def test_command_line(tmp_path):
     base = str(CONFIGS[0])
-    cfg, workdir, eval_only = main.parse(
+    cfg, workdir, job = main.parse(
         ["--config", base, "--config.seed=3", "--config.data.path", "x", "--workdir", str(tmp_path)]
     )
-    assert (cfg.seed, cfg.data.path, workdir, eval_only) == (3, "x", tmp_path, False)
-    assert main.parse(["--config", base, "--eval_only"])[1] == Path("runs") / CONFIGS[0].stem
-    with pytest.raises(SystemExit):
+    assert (cfg.seed, cfg.data.path, workdir, job) == (3, "x", tmp_path, "train")
+    _, workdir, job = main.parse(["--config", base, "--eval_only"])
+    assert (workdir, job) == (Path("runs") / CONFIGS[0].stem, "eval_only")
+    with pytest.raises(ValueError, match=r"unknown argument --conf\.seed=3"):
         main.parse(["--config", base, "--conf.seed=3"])
+    with pytest.raises(SystemExit):
+        main.parse(["--config", base, "--eval_only", "--print_sharding"])
+    for address in (["--workdir=gs://b/x"], ["--config.data.path=gs://b/faces"]):
+        with pytest.raises(ValueError, match=r"docs/scale\.md"):
+            main.parse(["--config", base, *address])
+
+
+def test_steps_of_a_profile():
+    cfg = config.override(config.Config(), "profile.steps", "10,20")
+    assert config.validate(cfg).profile.steps == (10, 20)
+    assert config.from_dict(json.loads(json.dumps(config.to_dict(cfg)))) == cfg
+    for value in ("5", "word", "1,2,3", "3,2", "0,4"):
+        with pytest.raises(ValueError, match=r"profile\.steps"):
+            config.validate(config.override(cfg, "profile.steps", value))
 
 
 def test_a_user_error_is_one_line(capsys):

@@ -81,7 +81,8 @@ def test_runs_parse(page, monkeypatch):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_fields_files_and_links_exist(page):
     text = page.read_text()
-    assert [name for name in sorted(fields(text)) if not exists(name)] == []
+    if page.stem != "curate":  # of a config of its own, see test_curate_docs.py
+        assert [name for name in sorted(fields(text)) if not exists(name)] == []
     files = re.findall(r"`((?:flip_jax|configs|tests|benchmarks)/[^`\s]*)`", text)
     assert [name for name in files if not (ROOT / name).exists()] == []
     links = re.findall(r"\]\(([^)#:]+)\)", text)

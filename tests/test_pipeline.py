@@ -1,14 +1,17 @@
 """The training stream: order, resume, hosts, workers and dirt; and the evaluation gallery."""
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -331,9 +334,27 @@ def dirty(tmp_path_factory) -> RecordSource:
     return write(tmp_path_factory.mktemp("data") / "dirty", spoiled(broken))
 
 
-def dirty_pipeline(dirty, tokenizer, **changes) -> TrainPipeline:
+def dirty_pipeline(dirty, tokenizer, *place, seed=7, **changes) -> TrainPipeline:
     cfg = dataclasses.replace(CONFIG, **{"max_bad_fraction": 0.5, **changes})
-    return TrainPipeline(dirty, tokenizer, cfg, SIZE, seed=7)
+    return TrainPipeline(dirty, tokenizer, cfg, SIZE, seed, *place)
+
+
+def on_hosts(count: int, work) -> list:
+    """What `work(host_index, host_count, gather)` returns on each of some hosts, here threads."""
+    values, barrier = [None] * count, threading.Barrier(count, timeout=60)
+
+    def on_host(host: int):
+        def gather(value):
+            values[host] = json.dumps(value)
+            barrier.wait()
+            found = [json.loads(text) for text in values]
+            barrier.wait()
+            return found
+
+        return work(host, count, gather)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(on_host, range(count)))
 
 
 def test_bad_records_are_replaced_by_the_next(dirty, tokenizer, make):
@@ -365,6 +386,28 @@ def test_too_many_bad_records_stop_the_stream(dirty, tokenizer):
         assert f"{stream.bad} of 104 examples" in text
         assert "max_bad_fraction=0.05" in text and "id5): no caption" in text
         assert "python -m flip_jax.data verify" in text
+
+
+def test_hosts_count_their_bad_records_together(dirty, tokenizer):
+    """Whatever the share of a single host, all of them end at the same step with one message."""
+
+    def read(*place):
+        changes = {"seed": 5, "threads": 0, "max_bad_fraction": limit}
+        with dirty_pipeline(dirty, tokenizer, *place, **changes).batches() as stream:
+            try:
+                for _ in range(30):
+                    next(stream)
+            except BadData as error:
+                return stream.seen, stream.bad, str(error)
+        return stream.seen, stream.bad, ""
+
+    limit = 0.1  # 40 rows of a host after ten batches, 80 after twenty
+    (*first, text), (*second, other) = on_hosts(2, read)
+    assert (first, second) == ([80, 5], [80, 12])
+    assert text == other and "the records of 17 of 160 examples" in text
+    assert "id5): no caption" in text
+    limit = 0.11  # the second host has more, both together do not
+    assert on_hosts(2, read) == [(120, 9, ""), (120, 15, "")]
 
 
 def test_a_few_bad_records_do_not_stop_the_stream(dirty, tokenizer):
@@ -429,6 +472,39 @@ def test_gallery_agrees_between_pictures_and_texts(dirty, tokenizer):
     captions = [c for number in gallery.records for c in dirty[number].captions[:2]]
     assert [gallery.caption(text) for text in range(20)] == captions
     np.testing.assert_array_equal(ids, tokenizer(captions)[0])
+
+
+@pytest.mark.parametrize(("hosts", "limit"), [(2, 10), (4, 9), (4, None)])
+def test_hosts_share_a_gallery(dirty, tokenizer, hosts, limit):
+    """Each looks at its part of the records and decodes its part of every batch."""
+
+    class Watched(RecordSource):
+        reads = 0
+
+        def __getitem__(self, index):
+            self.reads += 1
+            return super().__getitem__(index)
+
+    def share(host, hosts, gather):
+        source = Watched(dirty.path, "train")
+        own = Gallery(source, tokenizer, SIZE, limit, 2, 1, host, hosts, gather)
+        assert source.reads <= -(-RECORDS // hosts)
+        return own, list(own.image_batches(8)), list(own.text_batches(8))
+
+    one = Gallery(dirty, tokenizer, SIZE, limit, captions=2)
+    shares = on_hosts(hosts, share)
+    for gallery, *_ in shares:
+        np.testing.assert_array_equal(gallery.records, one.records)
+        np.testing.assert_array_equal(gallery.image_of, one.image_of)
+        np.testing.assert_array_equal(gallery.group, one.group)
+        assert gallery.bad == one.bad
+    for number, batches in ((1, one.image_batches(8)), (2, one.text_batches(8))):
+        parts = zip(*(part[number] for part in shares), strict=True)
+        joined = [
+            {name: np.concatenate([part[name] for part in batch]) for name in batch[0]}
+            for batch in parts
+        ]
+        assert_same(joined, list(batches))
 
 
 def test_gallery_of_all_records_with_uneven_captions(tmp_path, tokenizer):

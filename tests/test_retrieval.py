@@ -179,7 +179,7 @@ def test_k_larger_than_the_gallery(recorded):
     cfg, params, gallery, _ = recorded
     with pytest.raises(ValueError, match=r"config.eval.rerank=21: the gallery has 20 images"):
         evaluate(cfg, params, gallery, rerank=21)
-    with pytest.raises(ValueError, match=r"config.eval.batch_size=7: .* 2 devices"):
+    with pytest.raises(ValueError, match=r"batch_size=7: .* 2 devices, for example 6 or 8"):
         evaluate(cfg, params, gallery, batch_size=7)
 
 

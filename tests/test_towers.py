@@ -358,23 +358,31 @@ def test_padding_changes_nothing():
     np.testing.assert_array_equal(states[0][mask], states[1][mask])
 
 
-@pytest.mark.parametrize("index", [[2, 0, 0, 1, 2], [0, 0, 0, 0, 0]], ids=["three", "one"])
-def test_texts_share_an_image(index):
+@pytest.mark.parametrize(
+    ("index", "rows"),
+    [
+        (np.array([2, 0, 0, 1, 2], np.int32), [2, 0, 0, 1, 2]),
+        (np.zeros(5, np.int32), [0] * 5),
+        ((1, 0, 1), [1, 0, 1, 3, 2, 3]),
+    ],
+    ids=["three", "one", "two groups"],
+)
+def test_texts_share_an_image(index, rows):
     """Value, and gradient into the image tokens, as if the images were repeated."""
     *_, params = reference(SMALL)
-    ids, mask = texts(SMALL, [9, 3, 5, 1, 7], 9)
-    seen, index = tokens(SMALL, max(index) + 1, 10), np.array(index, np.int32)
+    ids, mask = texts(SMALL, [9, 3, 5, 1, 7, 4][: len(rows)], 9)
+    seen, rows = tokens(SMALL, max(rows) + 1, 10), np.array(rows)
 
     def call(model, ids, mask, seen):
         def logits(seen, index):
             return model.match(ids, mask, seen, index)
 
         def value_and_grad(logits):
-            weights = jnp.arange(1.0, 11.0).reshape(5, 2)
+            weights = jnp.arange(1.0, 2 * len(rows) + 1).reshape(-1, 2)
             return logits(seen), jax.grad(lambda s: jnp.sum(weights * logits(s)))(seen)
 
         shared = value_and_grad(lambda s: logits(s, index))
-        return shared, value_and_grad(lambda s: logits(s[index], None))
+        return shared, value_and_grad(lambda s: logits(s[rows], None))
 
     ours, expected = run(SMALL, params, call, ids, mask, seen)
     close(ours[0], expected[0], 1e-6)

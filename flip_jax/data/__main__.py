@@ -1,4 +1,4 @@
-"""`python -m flip_jax.data`: build, draw, show, verify and time a data set."""
+"""`python -m flip_jax.data`: build, read, draw, show, verify and time a data set."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from flip_jax.config import DataConfig, DrawnConfig
 from flip_jax.data import transforms
+from flip_jax.data.published import write_published
+from flip_jax.data.readers import RECORD_READERS
 from flip_jax.data.records import BadRecord, RecordSource, load_manifest
 from flip_jax.data.sources import BuildConfig, build, write_drawn
 
@@ -26,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         return args.run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -42,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         return out
 
     _add_build(command(_build))
+    _add_read(command(_read))
     _add_draw(command(_draw))
     show = command(_show)
     show.add_argument("path", type=Path, metavar="DIR")
@@ -78,6 +81,17 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     add("--max-side", type=int, help="pixels; larger pictures are shrunk")
     add("--quality", type=int, default=defaults.quality, help="of JPEGs encoded again")
     add("--max-bad-fraction", type=float, default=defaults.max_bad_fraction)
+
+
+def _add_read(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("name", choices=RECORD_READERS, metavar="NAME", help=", ".join(RECORD_READERS))
+    add("--root", type=Path, required=True, help="folder of the unpacked data set")
+    add("--out", type=Path, required=True)
+    add("--overwrite", action="store_true")
+    add("--threads", type=int, default=2)
+    add("--captions", type=int, default=5, help="to make from the labels, if it has no captions")
+    add("--max-bad-fraction", type=float, default=BuildConfig.max_bad_fraction)
 
 
 def _add_draw(parser: argparse.ArgumentParser) -> None:
@@ -121,6 +135,22 @@ def _build(args: argparse.Namespace) -> int:
         list(zip(args.table, args.images, strict=True)),
         args.out,
         BuildConfig(**_given(args, BuildConfig)),
+        overwrite=args.overwrite,
+        threads=args.threads,
+    )
+    print(report)
+    print(summary(args.out))
+    return 0
+
+
+def _read(args: argparse.Namespace) -> int:
+    """Makes a data set from a published one, in the layout of its publisher."""
+    report = write_published(
+        args.name,
+        args.root,
+        args.out,
+        captions=args.captions,
+        max_bad_fraction=args.max_bad_fraction,
         overwrite=args.overwrite,
         threads=args.threads,
     )

@@ -13,14 +13,14 @@ rows, so the hosts' rows one after the other are the batch of a single host.
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import grain
@@ -34,11 +34,19 @@ from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.data.transforms import BadImage
 
 Batch = dict[str, np.ndarray]
+Gather = Callable[[Any], list[Any]]
 
 # So many bad records in a row mean that a whole stretch of the data is gone.
 _MAX_SUBSTITUTES = 100
 # `max_bad_fraction` is applied from this many examples on: below, one bad record is a large share.
 _MIN_SEEN = 100
+# Several hosts add up their bad records every so many batches.
+_COUNT_EVERY_BATCHES = 10
+
+
+def _alone(value: Any) -> list[Any]:
+    """`gather` of a single host."""
+    return [value]
 
 
 class BadData(ValueError):
@@ -143,6 +151,7 @@ class TrainPipeline:
       image_size: S, pixels.
       seed: of order, captions and augmentation.
       host_index: which of the `host_count` equal parts of each batch to yield.
+      gather: JSON value of this host -> those of all hosts, see `flip_jax.distributed.gather`.
 
     Raises:
       ValueError: `batch_size` does not divide over the hosts or exceeds the number of records.
@@ -157,6 +166,7 @@ class TrainPipeline:
         seed: int,
         host_index: int = 0,
         host_count: int = 1,
+        gather: Gather = _alone,
     ):
         if cfg.batch_size % host_count:
             raise ValueError(
@@ -171,6 +181,8 @@ class TrainPipeline:
         if not 0 <= host_index < host_count:
             raise ValueError(f"host_index={host_index} must be 0 to {host_count - 1}")
         self.source, self.cfg = source, cfg
+        self._gather = gather
+        self._count_every = _COUNT_EVERY_BATCHES if host_count > 1 else 1
         self.steps_per_epoch = len(source) // cfg.batch_size
         self._dataset = (
             grain.MapDataset.range(len(source))
@@ -203,20 +215,32 @@ class TrainPipeline:
                 per_worker_buffer_size=max(cfg.prefetch // cfg.workers, 1),
             )
             dataset = dataset.mp_prefetch(options, worker_init_fn=_end_with_parent).map(_own)
-        return BatchStream(iter(dataset), self.source, cfg.max_bad_fraction)
+        return BatchStream(
+            iter(dataset), self.source, cfg.max_bad_fraction, self._gather, self._count_every
+        )
 
 
 class BatchStream(Iterator[Batch]):
     """Prefetched training batches; also a context manager that ends threads and processes.
+
+    With several hosts each reads its own stream, in step with the others.
 
     Attributes:
       seen: examples handed out by this stream.
       bad: those of them whose own record could not be used, so that another took its place.
     """
 
-    def __init__(self, batches: Any, source: RecordSource, max_bad_fraction: float):
+    def __init__(
+        self,
+        batches: Any,
+        source: RecordSource,
+        max_bad_fraction: float,
+        gather: Gather,
+        count_every: int,
+    ):
         self._batches, self._source, self._limit = batches, source, max_bad_fraction
-        self.seen = self.bad = 0
+        self._gather, self._count_every = gather, count_every
+        self._steps = self.seen = self.bad = 0
         self._bad_numbers: dict[int, None] = {}  # an ordered set
         self._batches.start_prefetch()
 
@@ -225,14 +249,18 @@ class BatchStream(Iterator[Batch]):
 
         Raises:
           BadData: after 100 examples or more, `bad` is more than `max_bad_fraction` of `seen`; the
-            same one at the same step in every run that starts at the same step.
+            same one at the same step in every run that starts at the same step. Several hosts look
+            at their sums every tenth batch, and all raise.
         """
         if self._batches is None:
             raise ValueError("this stream of batches is closed")
         batch = next(self._batches)
+        self._steps += 1
         self.seen += len(batch["bad"])
         if batch["bad"].any():
             self._count(batch)
+        if self._steps % self._count_every == 0:
+            self._check()
         return batch
 
     def _count(self, batch: Batch) -> None:
@@ -240,13 +268,16 @@ class BatchStream(Iterator[Batch]):
             for back in range(bad, 0, -1):
                 self._bad_numbers[(used - back) % len(self._source)] = None
         self.bad += int((batch["bad"] > 0).sum())
-        share = self.bad / self.seen
-        if self.seen >= _MIN_SEEN and share > self._limit:
+
+    def _check(self) -> None:
+        seen, bad = map(sum, zip(*self._gather([self.seen, self.bad]), strict=True))
+        if seen >= _MIN_SEEN and bad > self._limit * seen:
+            named = [name for host in self._gather(self.bad_records(last=5)) for name in host]
             self.close()
             raise BadData(
-                f"the records of {self.bad} of {self.seen} examples cannot be used "
-                f"({share:.2%}), data.max_bad_fraction={self._limit}. Among them:\n  "
-                + "\n  ".join(self.bad_records(last=5))
+                f"the records of {bad} of {seen} examples cannot be used "
+                f"({bad / seen:.2%}), data.max_bad_fraction={self._limit}. Among them:\n  "
+                + "\n  ".join(named[-5:])
                 + f"\nRun `python -m flip_jax.data verify {self._source.path}`, then copy or build "
                 "the data set again; or raise data.max_bad_fraction."
             )
@@ -269,6 +300,10 @@ class BatchStream(Iterator[Batch]):
 
     def __exit__(self, kind, value, traceback) -> None:
         self.close()
+
+
+def _number(inspected: Sequence[Any]) -> int:
+    return inspected[0]
 
 
 def _complaint(source: RecordSource, number: int) -> str:
@@ -312,6 +347,9 @@ class Gallery:
       limit: at most so many pictures; None = all.
       captions: at most so many captions per picture, its first ones.
       threads: threads that decode.
+      host_index, host_count: each host decodes its part of every batch, and looks at its part of
+        the records at first.
+      gather: see `TrainPipeline`.
 
     Attributes:
       records: int64 [images], record numbers.
@@ -331,20 +369,24 @@ class Gallery:
         limit: int | None = None,
         captions: int = 1,
         threads: int = 2,
+        host_index: int = 0,
+        host_count: int = 1,
+        gather: Gather = _alone,
     ):
         if captions < 1 or (limit is not None and limit < 1):
             raise ValueError(f"captions={captions} and limit={limit} must be 1 or more")
         self.source, self.captions = source, captions
         self._tokenizer, self._image_size, self._threads = tokenizer, image_size, threads
+        self._host_index, self._host_count, self._gather = host_index, host_count, gather
         self.bad: list[str] = []
         records, texts, groups = [], [], []
         for number, found in self._inspect_all(max(threads, 1)):
-            if isinstance(found, BadRecord):
-                self.bad.append(str(found))
+            if isinstance(found, str):
+                self.bad.append(found)
                 continue
             records.append(number)
-            texts.append(min(len(found.captions), captions))
-            groups.append(group_number(found.group_id))
+            texts.append(min(found[0], captions))
+            groups.append(found[1])
             if len(records) == limit:
                 break
         if not records:
@@ -356,19 +398,21 @@ class Gallery:
         self.group = np.array(groups, np.int32)
         self.image_of = np.repeat(np.arange(len(records)), texts)
 
-    def _inspect_all(self, threads: int) -> Iterator[tuple[int, Record | BadRecord]]:
-        """Yields every record in order, or what is wrong with it."""
+    def _inspect_all(self, threads: int) -> Iterator[tuple[int, list[int] | str]]:
+        """Yields every record in order: [captions, group], or what is wrong with it."""
 
-        def inspect(number: int) -> Record | BadRecord:
+        def inspect(number: int) -> tuple[int, list[int] | str]:
             try:
-                return read_record(self.source, number)[0]
+                record, _ = read_record(self.source, number)
             except BadRecord as error:
-                return error
+                return number, str(error)
+            return number, [len(record.captions), group_number(record.group_id)]
 
         numbers = iter(range(len(self.source)))
         with ThreadPoolExecutor(threads) as pool:
-            while chunk := list(islice(numbers, 32 * threads)):
-                yield from zip(chunk, pool.map(inspect, chunk), strict=True)
+            while chunk := list(itertools.islice(numbers, 32 * threads * self._host_count)):
+                own = list(pool.map(inspect, chunk[self._host_index :: self._host_count]))
+                yield from sorted(itertools.chain.from_iterable(self._gather(own)), key=_number)
 
     @property
     def images(self) -> int:
@@ -389,28 +433,33 @@ class Gallery:
         first = np.searchsorted(self.image_of, image)
         return self.source[self.records[image]].captions[text - first]
 
+    def _own_rows(self, batch_size: int, total: int) -> Iterator[tuple[range, int]]:
+        """Yields this host's rows of every batch, and how many rows of padding follow."""
+        own = batch_size // self._host_count
+        for start in range(self._host_index * own, total + self._host_index * own, batch_size):
+            rows = range(min(start, total), min(start + own, total))
+            yield rows, own - len(rows)
+
     def image_batches(self, batch_size: int) -> Iterator[Batch]:
-        """Yields `image` uint8 [B, S, S, 3] and `valid` bool [B]; the last batch is padded."""
-        shape = (batch_size, self._image_size, self._image_size, 3)
+        """Yields `image` uint8 [b, S, S, 3] and `valid` bool [b], b = batch_size / host_count; the
+        last batches are padded."""
         with ThreadPoolExecutor(max(self._threads, 1)) as pool:
-            for start in range(0, self.images, batch_size):
-                rows = range(start, min(start + batch_size, self.images))
+            for rows, padding in self._own_rows(batch_size, self.images):
+                shape = (len(rows) + padding, self._image_size, self._image_size, 3)
                 image = np.zeros(shape, np.uint8)
                 for row, picture in enumerate(pool.map(self.thumbnail, rows)):
                     image[row] = picture
-                yield {"image": image, "valid": np.arange(batch_size) < len(rows)}
+                yield {"image": image, "valid": np.arange(len(image)) < len(rows)}
 
     def text_batches(self, batch_size: int) -> Iterator[Batch]:
-        """Yields `token_ids` int32 [B, L], `token_mask` bool [B, L], `image_of` int64 [B] and
-        `valid` bool [B]; padding rows of the last batch are empty texts of picture 0."""
-        for start in range(0, self.texts, batch_size):
-            rows = range(start, min(start + batch_size, self.texts))
-            padding = batch_size - len(rows)
+        """Yields `token_ids` int32 [b, L], `token_mask` bool [b, L], `image_of` int64 [b] and
+        `valid` bool [b], see `image_batches`; padding rows are empty texts of picture 0."""
+        for rows, padding in self._own_rows(batch_size, self.texts):
             texts = [self.caption(text) for text in rows] + [""] * padding
             token_ids, token_mask = self._tokenizer(texts)
             yield {
                 "token_ids": token_ids,
                 "token_mask": token_mask,
                 "image_of": np.pad(self.image_of[rows.start : rows.stop], (0, padding)),
-                "valid": np.arange(batch_size) < len(rows),
+                "valid": np.arange(len(texts)) < len(rows),
             }

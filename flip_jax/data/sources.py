@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import islice
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 import cv2
@@ -25,6 +23,7 @@ from flip_jax.config import DrawnConfig
 from flip_jax.data.attributes import ATTRIBUTES, UNKNOWN
 from flip_jax.data.captions import captions
 from flip_jax.data.drawn_faces import draw_face
+from flip_jax.data.record_build import BuildReport, Finished, Rejected, write_records
 from flip_jax.data.record_writer import RecordWriter
 from flip_jax.data.records import (
     MANIFEST,
@@ -75,36 +74,6 @@ class BuildConfig:
     max_bad_fraction: float = 0.01
 
 
-@dataclass
-class BuildReport:
-    """What became of the rows."""
-
-    written: Counter[str] = field(default_factory=Counter)  # records by split
-    encoded_again: int = 0
-    rejected: dict[str, list[str]] = field(default_factory=dict)  # reason -> "file: detail"
-
-    @property
-    def rejections(self) -> int:
-        return sum(len(names) for names in self.rejected.values())
-
-    def __str__(self) -> str:
-        splits = ", ".join(f"{count} {split}" for split, count in sorted(self.written.items()))
-        lines = [
-            f"{self.written.total()} records ({splits}), {self.encoded_again} pictures encoded "
-            f"again, {self.rejections} rows rejected"
-        ]
-        for reason, names in sorted(self.rejected.items()):
-            lines.append(f"  {reason}: {len(names)}")
-            lines += [f"    {name}" for name in names[:10]]
-            if len(names) > 10:
-                lines.append(f"    and {len(names) - 10} more")
-        return "\n".join(lines)
-
-
-class _Rejected(Exception):
-    """A row that cannot become a record; args: reason, detail."""
-
-
 def build(
     tables: Sequence[tuple[str | os.PathLike, str | os.PathLike]],
     out_dir: str | os.PathLike,
@@ -138,31 +107,13 @@ def build(
     tables = [(Path(table), Path(images)) for table, images in tables]
     source = "; ".join(f"{table.name} sha256 {file_sha256(table)[:16]}" for table, _ in tables)
     report = BuildReport()
-    rows = _check_tables(tables, cfg)
-    with (
-        RecordWriter(out_dir, f"{source}; {_describe(cfg)}", overwrite=overwrite) as writer,
-        ThreadPoolExecutor(threads) as pool,
-    ):
+    _check_tables(tables, cfg)
+    with RecordWriter(out_dir, f"{source}; {_describe(cfg)}", overwrite=overwrite) as writer:
         for path, images in tables:
             table = read_table(path)
-            drafts = _drafts(table, images, cfg)
-            drafts = iter(tqdm(drafts, path.name, len(table), disable=None))
-            while chunk := list(islice(drafts, 64 * threads)):
-                for draft, done in zip(chunk, pool.map(_finish, chunk), strict=True):
-                    if isinstance(done, _Rejected):
-                        reason, detail = done.args
-                        report.rejected.setdefault(reason, []).append(f"{draft.file}: {detail}")
-                        continue
-                    record, encoded_again = done
-                    writer.write(draft.split, record)
-                    report.written[draft.split] += 1
-                    report.encoded_again += encoded_again
-        if report.rejections > cfg.max_bad_fraction * rows:
-            raise ValueError(
-                f"{report.rejections} of {rows} rows were rejected, allowed share "
-                f"{cfg.max_bad_fraction}; nothing was written. Mend the table or raise "
-                f"--max-bad-fraction.\n{report}"
-            )
+            drafts = tqdm(_drafts(table, images, cfg), path.name, len(table), disable=None)
+            write_records(writer, report, iter(drafts), _finish, threads)
+        report.check(cfg.max_bad_fraction)
     return report
 
 
@@ -228,9 +179,9 @@ class _Draft:
     cfg: BuildConfig
 
 
-def _check_tables(tables: Sequence[tuple[Path, Path]], cfg: BuildConfig) -> int:
-    """Finds what would stop the build hours later; returns the number of rows."""
-    rows, files = 0, set()
+def _check_tables(tables: Sequence[tuple[Path, Path]], cfg: BuildConfig) -> None:
+    """Finds what would stop the build hours later."""
+    files = set()
     wanted = (cfg.image_column, cfg.group_column, cfg.split_column, cfg.caption_column)
     for path, images in tables:
         table = read_table(path)
@@ -254,8 +205,6 @@ def _check_tables(tables: Sequence[tuple[Path, Path]], cfg: BuildConfig) -> int:
                     f"{path}: {cfg.image_column} {file!r} is there twice; ids must be unique"
                 )
             files.add(str(file))
-        rows += len(table)
-    return rows
 
 
 def _holds_text(kind: pa.DataType) -> bool:
@@ -293,42 +242,38 @@ def _drafts(table: pa.Table, images: Path, cfg: BuildConfig) -> Iterator[_Draft]
         )
 
 
-def _finish(draft: _Draft) -> tuple[Record, bool] | _Rejected:
-    """Returns the record and whether its picture was encoded again."""
-    cfg, texts = draft.cfg, draft.captions
+def _finish(draft: _Draft) -> Finished:
+    cfg, texts, file = draft.cfg, draft.captions, draft.file
+    if not draft.split.isidentifier():
+        raise Rejected("no split", f"{file}: {draft.split!r} is not a plain word")
+    if cfg.captions and np.any(draft.attributes != UNKNOWN):
+        seed = group_number(f"{cfg.caption_seed}:{file}")
+        texts = texts + captions(draft.attributes, seed, cfg.captions)
+    if not texts and (cfg.captions or cfg.caption_column):
+        raise Rejected("no caption", f"{file}: no text and no known attribute")
+    data = _read_file(draft)
     try:
-        if not draft.split.isidentifier():
-            raise _Rejected("no split", f"{draft.split!r} is not a plain word")
-        if cfg.captions and np.any(draft.attributes != UNKNOWN):
-            seed = group_number(f"{cfg.caption_seed}:{draft.file}")
-            texts = texts + captions(draft.attributes, seed, cfg.captions)
-        if not texts and (cfg.captions or cfg.caption_column):
-            raise _Rejected("no caption", "no text and no known attribute")
-        data = _read_file(draft)
-        try:
-            image, encoded_again = prepare_image(data, cfg.max_side, cfg.quality)
-        except BadImage as error:
-            raise _Rejected("undecodable picture", str(error)) from error
-    except _Rejected as rejected:
-        return rejected
+        image, encoded_again = prepare_image(data, cfg.max_side, cfg.quality)
+    except BadImage as error:
+        raise Rejected("undecodable picture", f"{file}: {error}") from error
     record = Record(
-        id=draft.file,
+        id=file,
         group_id=draft.group,
         image=image,
         captions=texts,
         attributes=draft.attributes,
     )
-    return record, encoded_again
+    return Finished(draft.split, record, encoded_again)
 
 
 def _read_file(draft: _Draft) -> bytes:
     path = PurePath(draft.file)
     if not draft.file or "\0" in draft.file or path.is_absolute() or ".." in path.parts:
-        raise _Rejected("bad file name", "not a path below the image folder")
+        raise Rejected("bad file name", f"{draft.file}: not a path below the image folder")
     try:
         return (draft.images / path).read_bytes()
     except OSError as error:
-        raise _Rejected("unreadable file", error.strerror) from error
+        raise Rejected("unreadable file", f"{draft.file}: {error.strerror}") from error
 
 
 def write_drawn(

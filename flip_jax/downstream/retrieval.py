@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from flip_jax import partition
+from flip_jax import distributed, partition
 from flip_jax.config import Config
 from flip_jax.models import flip
 
@@ -185,9 +186,10 @@ class RetrievalEvaluator:
                 f"and {gallery.texts} captions; set it to at most {smaller} (0 = off)"
             )
         if cfg.eval.batch_size % mesh.size:
+            fits = cfg.eval.batch_size // mesh.size * mesh.size
             raise ValueError(
                 f"config.eval.batch_size={cfg.eval.batch_size}: must be a multiple of the "
-                f"{mesh.size} devices"
+                f"{mesh.size} devices, for example {fits or mesh.size} or {fits + mesh.size}"
             )
         graphdef = flip.build(cfg.model)
 
@@ -195,7 +197,8 @@ class RetrievalEvaluator:
             return nnx.merge(graphdef, params).encode_image(image)
 
         def encode_text(params, token_ids, token_mask):
-            return nnx.merge(graphdef, params).encode_text(token_ids, token_mask)[1]
+            embed = nnx.merge(graphdef, params).encode_text(token_ids, token_mask)[1]
+            return embed, token_ids, token_mask
 
         def match(params, token_ids, token_mask, image_tokens, image_index):
             model = nnx.merge(graphdef, params)
@@ -203,10 +206,14 @@ class RetrievalEvaluator:
             texts = token_ids, token_mask
             return model.match(*texts, image_tokens, image_index, first_token=first)[:, 1]
 
-        self._encode_image, self._encode_text = jax.jit(encode_image), jax.jit(encode_text)
-        self._match = jax.jit(match)
+        # What the host looks at is on all devices, as it may not have those with some of the rows.
+        rows, everywhere = partition.batch_sharding(mesh), NamedSharding(mesh, P())
+        self._encode_image = jax.jit(encode_image, out_shardings=(rows, everywhere))
+        self._encode_text = jax.jit(encode_text, out_shardings=everywhere)
+        self._match = jax.jit(match, out_shardings=everywhere)
 
     def _put(self, batch: dict[str, np.ndarray], *names: str) -> list[jax.Array]:
+        """This process's rows -> global arrays."""
         placed = partition.to_global({name: batch[name] for name in names}, self.mesh)
         return [placed[name] for name in names]
 
@@ -216,8 +223,9 @@ class RetrievalEvaluator:
         image_of, own = self.gallery.image_of, np.arange(len(image_embed))
         k = self.cfg.eval.rerank
         shown = min(max(k, SHOWN), len(image_embed))
-        t2i = search(text_embed, image_embed, image_of, own, shown)
-        i2t = search(image_embed, text_embed, own, image_of, max(k, 1))
+        # Hosts with different processors may round differently, and must agree on the pairs.
+        t2i = distributed.of_main(search(text_embed, image_embed, image_of, own, shown))
+        i2t = distributed.of_main(search(image_embed, text_embed, own, image_of, max(k, 1)))
         ranks = {"cosine": {"t2i": t2i["rank"], "i2t": i2t["rank"]}}
         top_images = t2i["top"]
         if k:
@@ -236,17 +244,18 @@ class RetrievalEvaluator:
         )
 
     def _embed(self, params: flip.Params) -> tuple[np.ndarray, ...]:
-        size, images, texts, ids, masks = self.cfg.eval.batch_size, [], [], [], []
-        for batch in self.gallery.image_batches(size):
-            (image,) = self._put(batch, "image")
-            embed = np.asarray(self._encode_image(params, image)[1])
-            images.append(embed[batch["valid"]])
-        for batch in self.gallery.text_batches(size):
-            embed = self._encode_text(params, *self._put(batch, "token_ids", "token_mask"))
-            texts.append(np.asarray(embed)[batch["valid"]])
-            ids.append(batch["token_ids"][batch["valid"]])
-            masks.append(batch["token_mask"][batch["valid"]])
-        return tuple(np.concatenate(parts) for parts in (images, texts, ids, masks))
+        """Embeddings of images and texts, ids and masks of texts; the whole gallery."""
+        size = self.cfg.eval.batch_size
+        images = [
+            np.asarray(self._encode_image(params, *self._put(batch, "image"))[1])
+            for batch in self.gallery.image_batches(size)
+        ]
+        texts = [
+            jax.device_get(self._encode_text(params, *self._put(batch, "token_ids", "token_mask")))
+            for batch in self.gallery.text_batches(size)
+        ]
+        parts = [np.concatenate(part)[: self.gallery.texts] for part in zip(*texts, strict=True)]
+        return np.concatenate(images)[: self.gallery.images], *parts
 
     def _pair_logits(
         self,
@@ -268,15 +277,17 @@ class RetrievalEvaluator:
         pairs, where = np.unique(np.concatenate([t2i.ravel(), i2t.ravel()]), return_inverse=True)
         pair_image, pair_text = np.divmod(pairs, texts)
         logits = np.empty(len(pairs), np.float32)
+        host, hosts = partition.host_slice(self.mesh)
         for block, batch in enumerate(self.gallery.image_batches(size)):
             (image,) = self._put(batch, "image")
             tokens, _ = self._encode_image(params, image)
             first, last = np.searchsorted(pair_image, [block * size, (block + 1) * size])
             for rows, count in _padded_chunks(first, last, size * _PAIRS_PER_IMAGE):
+                own = np.split(rows, hosts)[host]
                 call = {
-                    "token_ids": token_ids[pair_text[rows]],
-                    "token_mask": token_mask[pair_text[rows]],
-                    "image_index": (pair_image[rows] - block * size).astype(np.int32),
+                    "token_ids": token_ids[pair_text[own]],
+                    "token_mask": token_mask[pair_text[own]],
+                    "image_index": (pair_image[own] - block * size).astype(np.int32),
                 }
                 ids, mask, index = self._put(call, "token_ids", "token_mask", "image_index")
                 values = self._match(params, ids, mask, tokens, index)

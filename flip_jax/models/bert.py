@@ -27,6 +27,20 @@ Array = jax.Array
 
 EPSILON = 1e-12
 
+# The image that each text looks at: int32 [N], its row among the images; or a tuple, the same for
+# every group of consecutive texts, of places among the group's own images; or None, row n.
+ImageIndex = Array | tuple[int, ...] | None
+
+
+def of_each_text(a: Array, image_index: ImageIndex) -> Array:
+    """Keys or values of the images [M, ...] -> of the image that each text looks at [N, ...]."""
+    if isinstance(image_index, tuple):
+        groups = a.reshape(-1, 1 + max(image_index), *a.shape[1:])
+        return jnp.stack([groups[:, i] for i in image_index], axis=1).reshape(-1, *a.shape[1:])
+    # With one image there is nothing to gather: broadcasting does it. (XLA's CPU backend of
+    # jaxlib 0.10.2 also returns wrong values for that gather inside a scan.)
+    return a if image_index is None or len(a) == 1 else a[image_index]
+
 
 class TextBlock(nnx.Module):
     """norm(x + attn(x)), norm(x + cross(x, image)) if there is one, norm(x + mlp(x))."""
@@ -56,7 +70,7 @@ class TextBlock(nnx.Module):
         x: Array,
         mask: Array,
         image_tokens: Array | None,
-        image_index: Array | None,
+        image_index: ImageIndex,
         key: Array | None,
     ) -> Array:
         keys = [None] * 5 if key is None else jax.random.split(key, 5)
@@ -67,10 +81,7 @@ class TextBlock(nnx.Module):
         if image_tokens is not None:
             # Keys and values once per image; the rows that look at it share them.
             image_kv = self.cross.keys_values(image_tokens)
-            # With one image there is nothing to gather: broadcasting does it. (XLA's CPU backend of
-            # jaxlib 0.10.2 also returns wrong values for that gather inside a scan.)
-            if image_index is not None and len(image_tokens) > 1:
-                image_kv = jax.tree.map(lambda a: a[image_index], image_kv)
+            image_kv = jax.tree.map(lambda a: of_each_text(a, image_index), image_kv)
             crossed = self.cross(x, image_kv, dropout_rate=self.dropout, dropout_key=keys[2])
             x = self.ln_cross(x + dropout(crossed, self.dropout, keys[3]))
         return self.ln_mlp(x + dropout(self.mlp(x), self.dropout, keys[4]))
@@ -97,7 +108,7 @@ class Bert(nnx.Module):
         token_ids: Array,
         token_mask: Array,
         image_tokens: Array | None = None,
-        image_index: Array | None = None,
+        image_index: ImageIndex = None,
         key: Array | None = None,
         *,
         return_blocks: bool = False,
@@ -107,8 +118,8 @@ class Bert(nnx.Module):
         Args:
           token_ids: int32 [N, S], S <= positions.
           token_mask: bool [N, S], True = real token; the first token must be real.
-          image_tokens: [B, Si, Dv]; None = text mode, cross-attention is skipped.
-          image_index: int32 [N], the image that each text looks at; None = row n looks at image n.
+          image_tokens: [M, Si, Dv]; None = text mode, cross-attention is skipped.
+          image_index: the image that each text looks at, see `ImageIndex`.
           key: dropout; None = deterministic.
           return_blocks: also return the output of every block.
 

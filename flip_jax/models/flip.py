@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flip_jax.config import ModelConfig
-from flip_jax.models.bert import Bert
+from flip_jax.models.bert import Bert, ImageIndex
 from flip_jax.models.vit import VisionTransformer, normalize_pixels
 
 Array = jax.Array
@@ -86,17 +86,19 @@ class Flip(nnx.Module):
         token_ids: Array,
         token_mask: Array,
         image_tokens: Array,
-        image_index: Array | None = None,
+        image_index: ImageIndex = None,
         key: Array | None = None,
         *,
         first_token: str = "enc",
     ) -> Array:
-        """ITM logits float32 [N, 2] of text n against image `image_index[n]`; class 1 = match.
+        """ITM logits float32 [N, 2] of each text against the image it looks at; class 1 = match.
 
         Args:
           token_ids, token_mask: [N, S] as `encode_text` takes them.
-          image_tokens: [B, Si, D] from `encode_image`.
-          image_index: int32 [N] into `image_tokens`; None = text n and image n.
+          image_tokens: [M, Si, D] from `encode_image`.
+          image_index: which image that is. int32 [N]: text n looks at image image_index[n]. A
+            tuple: texts and images come in equal groups, text t of a group looks at image
+            image_index[t] of that group. None: text n looks at image n.
           key: dropout; None = deterministic.
           first_token: `enc` puts [ENC] in the place of [CLS] as in training; `cls` leaves it, as
             the reference's evaluation did.

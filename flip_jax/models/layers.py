@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 Array = jax.Array
 
@@ -24,6 +25,17 @@ def normal(std: float) -> Callable[..., Array]:
 def layer_norm(width: int, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """LayerNorm over the last axis; exact two-pass variance, since E[x²]-E[x]² cancels."""
     return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)
+
+
+def rows_over_devices(x: Array) -> Array:
+    """x with its rows cut over all devices of the mesh it is traced for; without a mesh, x.
+
+    Left to itself, XLA lets the cut of the parameters (`fsdp`) spread to the activations.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(mesh.axis_names))
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
@@ -189,9 +201,9 @@ def scan_blocks(
 
     def body(x: Array, layer):
         params, layer_key = layer
-        x = apply(nnx.merge(graphdef, params), x, layer_key)
+        x = rows_over_devices(apply(nnx.merge(graphdef, params), x, layer_key))
         return x, (x if collect else None)
 
     if remat != "none":
         body = jax.checkpoint(body, policy=_REMAT_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(body, x, (state, keys))
+    return jax.lax.scan(body, rows_over_devices(x), (state, keys))
