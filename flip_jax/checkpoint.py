@@ -186,12 +186,13 @@ class Checkpointer:
             leaves = _read_arrays(folder, item, meta["arrays"][item], named_leaves(tree))
             trees[item] = jax.tree.unflatten(jax.tree.structure(tree), leaves.values())
         self._own.add(meta["step"])
+        momentum = trees.get("momentum", {"twins": {}, "queue": {}})
         return {
             "step": jax.device_put(np.int32(meta["step"]), target_state["step"].sharding),
             "params": trees["params"],
             "opt_state": trees["opt_state"],
-            "momentum": trees["momentum"]["twins"],
-            "queue": trees["momentum"]["queue"],
+            "momentum": momentum["twins"],
+            "queue": momentum["queue"],
         }
 
     def close(self) -> None:
@@ -389,11 +390,10 @@ def _brief(error: BaseException) -> str:
 
 
 def _items(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "params": state["params"],
-        "opt_state": state["opt_state"],
-        "momentum": {"twins": state["momentum"], "queue": state["queue"]},
-    }
+    """What is stored, each on its own; momentum only where the run has it."""
+    items = {"params": state["params"], "opt_state": state["opt_state"]}
+    momentum = {"twins": state["momentum"], "queue": state["queue"]}
+    return items | ({"momentum": momentum} if jax.tree.leaves(momentum) else {})
 
 
 def _read_arrays(

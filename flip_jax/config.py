@@ -67,6 +67,9 @@ class ModelConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
     embed_dim: int = 256
+    # Start of the trained bias of the pairs' logits, which `loss.contrastive=sigmoid` needs (-10 in
+    # its paper); None = no such parameter.
+    logit_bias: float | None = None
     # Compute type of matrix products; parameters, norms, softmax and losses stay float32.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     # What the backward pass recomputes: nothing, all but matrix products, or whole blocks.
@@ -75,6 +78,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
+    # `itc`: softmax over the batch's twins and a queue, with soft targets (the reference).
+    # `sigmoid`: each pair of the batch is a yes-or-no question (SigLIP, arXiv 2303.15343). It has
+    # neither twins nor queue: momentum, queue_size, alpha, candidates, local_batch do nothing.
+    contrastive: Literal["itc", "sigmoid"] = "itc"
     momentum: float = 0.995  # of the twin encoders
     queue_size: int = 61_440
     alpha: float = 0.4  # weight of the momentum targets, ramped linearly from 0
@@ -87,9 +94,10 @@ class LossConfig:
     # Groups are rows of the batch, not devices, so a run does not change with the device count.
     candidates: Literal["local", "global"] = "local"
     local_batch: int = 80
-    # What an equal group_id (same person or same picture) means in ITC. `negative`: nothing, two
-    # pictures of one person push each other away (the reference, hence the default); `ignore`:
-    # the pair is left out; `positive`: the target mass is shared among the group (ALBEF, BLIP).
+    # What an equal group_id (same person or same picture) means in the contrastive loss.
+    # `negative`: nothing, two pictures of one person push each other away (the reference, hence
+    # the default); `ignore`: the pair is left out; `positive`: the target mass is shared among the
+    # group (ALBEF, BLIP).
     same_group: Literal["negative", "ignore", "positive"] = "negative"
 
 
@@ -282,20 +290,15 @@ def _validate_training(cfg: Config) -> None:
     address = "://" in (cfg.data.path or "")
     _require(not address, "data.path", cfg.data.path, "must be a folder; see docs/scale.md")
     _require(batch >= 2, "data.batch_size", batch, "must be at least 2: ITM needs a negative")
-    if loss.candidates == "local":
-        _require(
-            batch % loss.local_batch == 0,
-            "loss.local_batch",
-            loss.local_batch,
-            f"must divide data.batch_size={batch}; or set loss.candidates=global",
-        )
-    nearest = max(round(loss.queue_size / batch), 1) * batch
+    needed = loss.contrastive == "sigmoid"
     _require(
-        loss.queue_size >= batch and loss.queue_size % batch == 0,
-        "loss.queue_size",
-        loss.queue_size,
-        f"must be a multiple of data.batch_size={batch}, for example {nearest}",
+        (cfg.model.logit_bias is not None) == needed,
+        "model.logit_bias",
+        cfg.model.logit_bias,
+        f"must be {'a number' if needed else 'None'} with loss.contrastive={loss.contrastive}",
     )
+    if loss.contrastive == "itc":
+        _validate_candidates(loss, batch)
     _require(
         0 < loss.temperature_min <= loss.temperature <= loss.temperature_max,
         "loss.temperature",
@@ -320,6 +323,23 @@ def _validate_training(cfg: Config) -> None:
     )
     _require(cfg.optim.lr > 0, "optim.lr", cfg.optim.lr, "must be above 0")
     _require(cfg.epochs > 0, "epochs", cfg.epochs, "must be above 0")
+
+
+def _validate_candidates(loss: LossConfig, batch: int) -> None:
+    if loss.candidates == "local":
+        _require(
+            batch % loss.local_batch == 0,
+            "loss.local_batch",
+            loss.local_batch,
+            f"must divide data.batch_size={batch}; or set loss.candidates=global",
+        )
+    nearest = max(round(loss.queue_size / batch), 1) * batch
+    _require(
+        loss.queue_size >= batch and loss.queue_size % batch == 0,
+        "loss.queue_size",
+        loss.queue_size,
+        f"must be a multiple of data.batch_size={batch}, for example {nearest}",
+    )
 
 
 def _allowed(value: Any, hint: Any) -> bool:
@@ -377,13 +397,16 @@ def from_arguments(cfg: Config, arguments: list[str]) -> Config:
     return cfg
 
 
-def override(cfg: Config, path: str, text: str) -> Config:
-    """A copy of `cfg` with the field at dotted `path` set from the command line's `text`.
+def override(cfg: Any, path: str, text: str, name: str = "config") -> Any:
+    """A copy of a dataclass with the field at dotted `path` set from the command line's `text`.
+
+    Args:
+      name: what messages call `cfg`.
 
     Raises:
       ValueError: for an unknown field (naming the nearest one) or a value of the wrong type.
     """
-    return _override(cfg, path.split("."), text, "config")
+    return _override(cfg, path.split("."), text, name)
 
 
 def _override(part: Any, names: list[str], text: str, where: str) -> Any:

@@ -42,6 +42,7 @@ PEAK_FLOPS = {
 LINE = (
     ("loss", "loss {:.4f}"),
     ("loss_itc", "itc {:.4f}"),
+    ("loss_sigmoid", "sigmoid {:.4f}"),
     ("loss_itm", "itm {:.4f}"),
     ("learning_rate", "lr {:.2e}"),
     ("temperature", "temperature {:.4f}"),
@@ -204,7 +205,8 @@ def model_flops_per_pair(cfg: Config) -> float:
     counts twice, not three times). On top come the momentum twins (ViT on all tokens, text and
     heads, forward only), the ITC similarities (2 directions, each for online embeddings and for
     twins 2 C E for logits and 2 C E for the weighted sum of candidates, which makes the gradient)
-    and those for hard negatives (2 directions, each 2 B E).
+    and those for hard negatives (2 directions, each 2 B E). The sigmoid loss has no twins; its
+    similarities are 2 B E for logits and twice 2 B E for the gradients.
 
     At base size this is 0.324 TFLOP; the reference, which computes the cross-attention keys and
     values of each of the three rows, needs 0.357.
@@ -225,9 +227,11 @@ def model_flops_per_pair(cfg: Config) -> float:
     fusion = 3 * bert + text.depth * cross + 3 * 4 * width
     heads = 2 * vision.width * embed + 2 * width * embed
 
+    online = 2 * patch_embed + 3 * (vit + bert + fusion + heads) + 2 * 2 * batch * embed
+    if cfg.loss.contrastive == "sigmoid":
+        return float(online + 3 * 2 * batch * embed)
     local = cfg.loss.local_batch if cfg.loss.candidates == "local" else batch
-    similarities = 2 * 2 * 4 * (local + cfg.loss.queue_size) * embed + 2 * 2 * batch * embed
-    online = 2 * patch_embed + 3 * (vit + bert + fusion + heads)
+    similarities = 2 * 2 * 4 * (local + cfg.loss.queue_size) * embed
     twins = patch_embed + vit_all + bert + heads
     return float(online + twins + similarities)
 

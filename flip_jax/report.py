@@ -40,7 +40,8 @@ def _two_scales(
 
 def _plot_curves(figure: SubFigure, rows: list[dict[str, float]]) -> None:
     losses, recalls, rates = figure.subplots(1, 3)
-    _two_scales(losses, rows, ("loss_itc", "ITC"), ("loss_itm", "ITM"))
+    name = "sigmoid" if any("loss_sigmoid" in row for row in rows) else "ITC"
+    _two_scales(losses, rows, (f"loss_{name.lower()}", name), ("loss_itm", "ITM"))
     losses.set_title("loss")
     for order in ("cosine", "reranked"):
         for direction, arrow in (("t2i", "text→image"), ("i2t", "image→text")):
@@ -58,7 +59,7 @@ def _plot_curves(figure: SubFigure, rows: list[dict[str, float]]) -> None:
         axis.grid(alpha=0.3)
 
 
-def _plot_queries(figure: SubFigure, retrieval: Retrieval, gallery: Any) -> None:
+def plot_queries(figure: SubFigure, retrieval: Retrieval, gallery: Any) -> None:
     """One row per caption: the text, its best images with the right one framed, the right one."""
     texts = len(retrieval.image_of)
     ranks = retrieval.ranks["reranked" if retrieval.k else "cosine"]["t2i"]
@@ -144,7 +145,7 @@ def write_picture(
     figure = Figure(figsize=(13, 15), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[1, 3.2])
     _plot_curves(top, rows)
-    _plot_queries(bottom, retrieval, gallery)
+    plot_queries(bottom, retrieval, gallery)
     bottom.suptitle(
         f"text → image, top {SHOWN} of {retrieval.images} pictures of the evaluation split; "
         "the right one is framed, and shown at the end"

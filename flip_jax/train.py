@@ -19,6 +19,7 @@ from flip_jax.convert.init import initial_state
 from flip_jax.downstream.retrieval import Retrieval
 from flip_jax.losses.itc_sharded import sharded_itc_loss
 from flip_jax.losses.itm import itm_logits, itm_loss, sample_hard_negatives
+from flip_jax.losses.sigmoid import sharded_sigmoid_loss
 from flip_jax.models import flip
 from flip_jax.optim import learning_rate, make_optimizer, target_alpha
 from flip_jax.parts import in_parts
@@ -38,20 +39,25 @@ class TrainState(TypedDict):
     step: Array  # int32 scalar: steps done
     params: flip.Params
     opt_state: optax.OptState
-    momentum: flip.Params  # the twins: params without itm_head and temperature
+    momentum: flip.Params  # the twins: params without those of flip.ONLINE_ONLY
     queue: dict[str, Array]  # image, text [Q, E], group [Q], pointer
+    # The last two are empty with `loss.contrastive=sigmoid`.
 
 
 def init_state(cfg: Config, tx: optax.GradientTransformation) -> TrainState:
     """A fresh state from `cfg.seed`; jit-able."""
     params_key, queue_key = jax.random.split(jax.random.key(cfg.seed))
     params = flip.init_params(cfg.model, cfg.loss.temperature, params_key)
+    momentum, queue = {}, {}
+    if cfg.loss.contrastive == "itc":
+        momentum = jax.tree.map(jnp.copy, flip.twin_params(params))
+        queue = flip.init_queue(cfg.loss.queue_size, cfg.model.embed_dim, queue_key)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=tx.init(params),
-        momentum=jax.tree.map(jnp.copy, flip.twin_params(params)),
-        queue=flip.init_queue(cfg.loss.queue_size, cfg.model.embed_dim, queue_key),
+        momentum=momentum,
+        queue=queue,
     )
 
 
@@ -68,11 +74,11 @@ def flip_loss(
     mesh: Mesh | None = None,
     negatives: dict[str, Array] | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """ITC + ITM, equal weights.
+    """Contrastive loss (ITC or sigmoid) + ITM, equal weights.
 
     Args:
       params, momentum: online parameters and twins, the twins already updated.
-      queue: before this batch is added.
+      queue: before this batch is added. Like the twins it is empty with the sigmoid loss.
       batch: image uint8 [B, H, W, 3] (or float32, normalised), token_ids int32 [B, S],
         token_mask bool [B, S], group int32 [B].
       alpha: weight of the momentum targets.
@@ -81,39 +87,38 @@ def flip_loss(
       negatives: {"image", "text": int32 [B]} instead of drawn ones.
 
     Returns:
-      (loss, {"metrics": scalars; "twin_embeds": for the queue; "itm_logits": float32 [3B, 2]})
+      (loss, {"metrics": scalars; "twin_embeds": for the queue, empty with the sigmoid loss;
+      "itm_logits": float32 [3B, 2]})
     """
     keys = [None] * 5 if key is None else jax.random.split(key, 5)
     image, group = batch["image"], batch["group"]
     texts = batch["token_ids"], batch["token_mask"]
     model = nnx.merge(graphdef, params)
-    twin = nnx.merge(graphdef, params | momentum)
 
     def encode(keys, image, texts):
         image_tokens, image_embed = model.encode_image(image, keys[0])
         return image_tokens, {"image": image_embed, "text": model.encode_text(*texts, keys[1])[1]}
 
     def encode_twin(key, image, texts):
+        twin = nnx.merge(graphdef, params | momentum)
         # As in the reference the twins run in train mode: their text dropout is active.
         text_embed = twin.encode_text(*texts, key)[1]
         return {"image": twin.encode_image(image)[1], "text": text_embed}
 
     parts = cfg.optim.accum_steps
     image_tokens, embeds = in_parts(encode, parts)(tuple(keys[:2]), image, texts)
-    twin_embeds = jax.lax.stop_gradient(in_parts(encode_twin, parts)(keys[2], image, texts))
-
-    local = cfg.loss.local_batch if cfg.loss.candidates == "local" else len(group)
-    itc, same_group = sharded_itc_loss(
-        embeds,
-        twin_embeds,
-        queue,
-        group,
-        params["temperature"],
-        alpha,
-        cfg.loss.same_group,
-        local,
-        mesh,
-    )
+    common = group, params["temperature"]
+    if cfg.loss.contrastive == "sigmoid":
+        twin_embeds = {}
+        contrastive, same_group = sharded_sigmoid_loss(
+            embeds, *common, params["logit_bias"], cfg.loss.same_group, mesh
+        )
+    else:
+        twin_embeds = jax.lax.stop_gradient(in_parts(encode_twin, parts)(keys[2], image, texts))
+        local = cfg.loss.local_batch if cfg.loss.candidates == "local" else len(group)
+        contrastive, same_group = sharded_itc_loss(
+            embeds, twin_embeds, queue, *common, alpha, cfg.loss.same_group, local, mesh
+        )
 
     valid = {"image": jnp.ones_like(group, bool), "text": jnp.ones_like(group, bool)}
     if negatives is None:
@@ -125,10 +130,10 @@ def flip_loss(
     )
     itm, itm_accuracy = itm_loss(logits, valid)
 
-    loss = itc + itm
+    loss = contrastive + itm
     metrics = {
         "loss": loss,
-        "loss_itc": itc,
+        f"loss_{cfg.loss.contrastive}": contrastive,
         "loss_itm": itm,
         "itm_accuracy": itm_accuracy,
         "itm_without_negative": jnp.sum(~valid["image"]),
@@ -162,13 +167,15 @@ def make_train_step(
         params["temperature"] = jnp.clip(
             params["temperature"], cfg.loss.temperature_min, cfg.loss.temperature_max
         )
-        momentum = flip.update_twin(state["momentum"], params, cfg.loss.momentum)
+        momentum, queue = state["momentum"], state["queue"]
+        if momentum:
+            momentum = flip.update_twin(momentum, params, cfg.loss.momentum)
 
         def loss_of(params: flip.Params) -> tuple[Array, dict[str, Any]]:
             return flip_loss(
                 params,
                 momentum,
-                state["queue"],
+                queue,
                 batch,
                 alpha(number),
                 jax.random.fold_in(jax.random.key(cfg.seed), number),
@@ -180,13 +187,14 @@ def make_train_step(
 
         grads, aux = jax.grad(loss_of, has_aux=True)(params)
         updates, opt_state = tx.update(grads, state["opt_state"], params)
-        embeds = aux["twin_embeds"]
+        if queue:
+            queue = flip.enqueue(queue, **aux["twin_embeds"], group=batch["group"])
         new_state = TrainState(
             step=number + 1,
             params=optax.apply_updates(params, updates),
             opt_state=opt_state,
             momentum=momentum,
-            queue=flip.enqueue(state["queue"], embeds["image"], embeds["text"], batch["group"]),
+            queue=queue,
         )
         metrics = aux["metrics"] | {
             "temperature": params["temperature"],

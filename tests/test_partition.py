@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from tiny_run import CFG, batches
+from tiny_run import CFG, SIGMOID, batches
 
 from flip_jax import main, partition
 from flip_jax.config import MeshConfig
@@ -24,16 +24,16 @@ def first_moments(state):
     return {name.split("/mu/")[1]: leaf for name, leaf in named.items() if "/mu/" in name}
 
 
-def run(devices, fsdp, steps=3):
+def run(devices, fsdp, cfg=CFG, steps=3):
     """Three steps on a mesh: metrics of each, the first gradient, the final state."""
     mesh = partition.make_mesh(MeshConfig(fsdp=fsdp), jax.devices()[:devices])
     # Adam's own eps of 1e-8 makes steps of full size out of gradients that are rounding noise.
-    tx = make_optimizer(dataclasses.replace(CFG.optim, eps=1e-4), lambda _: 1e-3)
-    shapes = jax.eval_shape(lambda: init_state(CFG, tx))
+    tx = make_optimizer(dataclasses.replace(cfg.optim, eps=1e-4), lambda _: 1e-3)
+    shapes = jax.eval_shape(lambda: init_state(cfg, tx))
     shardings = partition.state_shardings(shapes, mesh)
-    state = jax.jit(lambda: init_state(CFG, tx), out_shardings=shardings)()
+    state = jax.jit(lambda: init_state(cfg, tx), out_shardings=shardings)()
     rate, alpha = (lambda _: jnp.float32(1e-3)), (lambda _: jnp.float32(0.4))
-    step = make_train_step(CFG, tx, rate, alpha, mesh)
+    step = make_train_step(cfg, tx, rate, alpha, mesh)
     step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     metrics, gradient = [], None
     for batch in batches(steps):
@@ -41,7 +41,7 @@ def run(devices, fsdp, steps=3):
         metrics.append(jax.device_get(values))
         gradient = gradient or first_moments(state)
     if fsdp > 1:
-        kernel = state["momentum"]["vit"]["blocks"]["attn"]["query"]["kernel"]
+        kernel = (state["momentum"] or state["params"])["vit"]["blocks"]["attn"]["query"]["kernel"]
         assert kernel.addressable_shards[0].data.shape == (2, 32 // fsdp, 32)
     return metrics, gradient, jax.device_get(state)
 
@@ -53,7 +53,18 @@ def one_device():
 
 @pytest.mark.parametrize(("devices", "fsdp"), [(2, 1), (8, 1), (8, 2), (8, 8)])
 def test_same_steps_on_any_mesh(one_device, devices, fsdp):
-    metrics, gradient, state = run(devices, fsdp)
+    assert_same_steps(run(devices, fsdp), one_device)
+
+
+def test_same_steps_of_the_sigmoid_loss():
+    meshed, alone = run(8, 2, SIGMOID), run(1, 1, SIGMOID)
+    assert "loss_sigmoid" in alone[0][0] and "loss_itc" not in alone[0][0]
+    assert alone[2]["params"]["logit_bias"] != SIGMOID.model.logit_bias
+    assert_same_steps(meshed, alone)
+
+
+def assert_same_steps(results, one_device):
+    metrics, gradient, state = results
     for ours, expected in zip(metrics, one_device[0], strict=True):
         for name, value in expected.items():
             np.testing.assert_allclose(ours[name], value, rtol=2e-5, atol=1e-6, err_msg=name)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_partition import CFG, batches
+from tiny_run import CFG, SIGMOID, batches
 
 from flip_jax import checkpoint, config, main
 from flip_jax.data.sources import write_drawn
@@ -154,8 +154,9 @@ def test_eval_only_without_a_checkpoint(capsys, tmp_path):
     assert not (tmp_path / "typo").exists()
 
 
-def test_loss_falls_on_a_fixed_batch():
-    cfg = dataclasses.replace(CFG, model=dataclasses.replace(CFG.model, dtype="bfloat16"))
+@pytest.mark.parametrize("cfg", [CFG, SIGMOID], ids=["itc", "sigmoid"])
+def test_loss_falls_on_a_fixed_batch(cfg):
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dtype="bfloat16"))
     tx = make_optimizer(dataclasses.replace(cfg.optim, weight_decay=0.0), lambda _: 2e-3)
     step = jax.jit(make_train_step(cfg, tx, lambda _: jnp.float32(2e-3), lambda _: 0.0))
     state = init_state(cfg, tx)

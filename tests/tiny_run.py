@@ -19,6 +19,11 @@ CFG = Config(
     loss=LossConfig(queue_size=32, local_batch=8, same_group="ignore"),
     data=dataclasses.replace(Config().data, batch_size=16),
 )
+SIGMOID = dataclasses.replace(
+    CFG,
+    model=dataclasses.replace(TINY, logit_bias=-2.0),
+    loss=LossConfig(contrastive="sigmoid", temperature=0.1, same_group="positive"),
+)
 
 
 def batches(count):

@@ -54,6 +54,8 @@ def export_weights(kind: str, source: Path, out: Path, tokenizer: str | None = N
         else:
             write = _hugging_face if kind == "hf" else _safetensors
             lines = write(partial, weights, read_tokenizer(source, weights, tokenizer))
+        if kind != "safetensors" and "logit_bias" in weights.params:
+            lines.append("logit_bias of the sigmoid loss is left out: that layout has none")
     return "\n".join([*lines, f"written: {out}"])
 
 

@@ -56,7 +56,8 @@ def initial_state(cfg: Config, state: Mapping[str, Any]) -> dict[str, Any]:
 
     The momentum twins come from `init.checkpoint` if it has them and no other field is given, else
     they are copies of the parameters. The queue comes from `init.checkpoint` if it has one of
-    `loss.queue_size`, else it stays fresh. Optimizer state and step are left as they are.
+    `loss.queue_size`, else it stays fresh. The sigmoid loss has neither.
+    Optimizer state and step are left as they are.
 
     Raises:
       See `initial_params`.
@@ -65,6 +66,8 @@ def initial_state(cfg: Config, state: Mapping[str, Any]) -> dict[str, Any]:
     if not any(getattr(init, field) for field in FIELDS):
         return dict(state)
     params = initial_params(cfg, state["params"])
+    if not state["momentum"]:
+        return {**state, "params": params}
     stored = load_momentum(init.checkpoint) if init.checkpoint else {}
     twins, queue = stored.get("twins"), stored.get("queue")
     if twins is None or init.vision or init.text:

@@ -19,7 +19,7 @@ Array = jax.Array
 Params = dict  # nested dict[str, Array]
 
 # Parameters without a momentum twin.
-ONLINE_ONLY = ("itm_head", "temperature")
+ONLINE_ONLY = ("itm_head", "temperature", "logit_bias")
 
 
 def _linear(width: int, out: int, rngs: nnx.Rngs) -> nnx.Linear:
@@ -54,6 +54,8 @@ class Flip(nnx.Module):
         self.text_proj = _linear(cfg.text.width, cfg.embed_dim, rngs)
         self.itm_head = _linear(cfg.text.width, 2, rngs)
         self.temperature = nnx.Param(jnp.asarray(temperature, jnp.float32))
+        if cfg.logit_bias is not None:
+            self.logit_bias = nnx.Param(jnp.asarray(cfg.logit_bias, jnp.float32))
 
     def encode_image(self, image: Array, key: Array | None = None) -> tuple[Array, Array]:
         """Image tokens and embedding.
@@ -93,6 +95,25 @@ class Flip(nnx.Module):
     ) -> Array:
         """ITM logits float32 [N, 2] of each text against the image it looks at; class 1 = match.
 
+        Args: see `fuse`.
+        """
+        texts = token_ids, token_mask
+        return self.itm_head(
+            self.fuse(*texts, image_tokens, image_index, key, first_token=first_token)
+        )
+
+    def fuse(
+        self,
+        token_ids: Array,
+        token_mask: Array,
+        image_tokens: Array,
+        image_index: ImageIndex = None,
+        key: Array | None = None,
+        *,
+        first_token: str = "enc",
+    ) -> Array:
+        """First token float32 [N, D] of each text that looks at an image.
+
         Args:
           token_ids, token_mask: [N, S] as `encode_text` takes them.
           image_tokens: [M, Si, D] from `encode_image`.
@@ -106,7 +127,7 @@ class Flip(nnx.Module):
         if first_token == "enc":
             token_ids = jnp.asarray(token_ids).at[:, 0].set(self.enc_id)
         fused = self.bert(token_ids, token_mask, image_tokens, image_index, key)
-        return self.itm_head(fused[:, 0].astype(jnp.float32))
+        return fused[:, 0].astype(jnp.float32)
 
 
 def build(cfg: ModelConfig) -> nnx.GraphDef:
@@ -140,19 +161,17 @@ def init_queue(size: int, embed_dim: int, key: Array) -> dict[str, Array]:
     }
 
 
-def enqueue(
-    queue: dict[str, Array], image_embed: Array, text_embed: Array, group: Array
-) -> dict[str, Array]:
+def enqueue(queue: dict[str, Array], image: Array, text: Array, group: Array) -> dict[str, Array]:
     """Overwrite B rows in batch order from the pointer on, round the end if need be.
 
     Args:
-      queue: see `init_queue`; image_embed, text_embed: float32 [B, E]; group: int32 [B].
+      queue: see `init_queue`; image, text: embeddings float32 [B, E]; group: int32 [B].
     """
     size = len(queue["group"])
     rows = (queue["pointer"] + jnp.arange(len(group))) % size
     return {
-        "image": queue["image"].at[rows].set(image_embed, unique_indices=True),
-        "text": queue["text"].at[rows].set(text_embed, unique_indices=True),
+        "image": queue["image"].at[rows].set(image, unique_indices=True),
+        "text": queue["text"].at[rows].set(text, unique_indices=True),
         "group": queue["group"].at[rows].set(group, unique_indices=True),
         "pointer": (queue["pointer"] + len(group)) % size,
     }
