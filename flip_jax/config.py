@@ -213,6 +213,9 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     epochs: float = 15.0
+    # So many last epochs, of those above, train on all patches although
+    # `model.vision.keep_patches` is set (unmasked tuning).
+    unmasked_epochs: float = 0.0
     seed: int = 42
     log_every_steps: int = 50
 
@@ -323,6 +326,13 @@ def _validate_training(cfg: Config) -> None:
     )
     _require(cfg.optim.lr > 0, "optim.lr", cfg.optim.lr, "must be above 0")
     _require(cfg.epochs > 0, "epochs", cfg.epochs, "must be above 0")
+    most = cfg.epochs if cfg.model.vision.keep_patches is not None else 0
+    _require(
+        0 <= cfg.unmasked_epochs <= most,
+        "unmasked_epochs",
+        cfg.unmasked_epochs,
+        "must be 0 up to epochs; above 0 only with model.vision.keep_patches",
+    )
 
 
 def _validate_candidates(loss: LossConfig, batch: int) -> None:

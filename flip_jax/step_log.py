@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from flip_jax import distributed
+from flip_jax.config import Config
 from flip_jax.downstream.retrieval import Retrieval
 from flip_jax.metrics import (
     MetricsWriter,
@@ -39,7 +40,7 @@ class StepLog:
     """
 
     def __init__(self, run: Run, start_step: int):
-        self._run, self._start = run, start_step
+        self._run = run
         self._pending: list[tuple[int, dict[str, Array], Any]] = []
         self._bad_records = 0
         self._saved = start_step or None
@@ -48,12 +49,7 @@ class StepLog:
         if distributed.is_main():
             self._writer = MetricsWriter(run.workdir, start_step)
             self._progress = ProgressReporter(run.total_steps, start_step, cfg.data.batch_size)
-        peak = peak_flops(run.mesh.devices.flat[0])
-        self.timer = StepTimer(
-            cfg.data.batch_size,
-            model_flops_per_pair(cfg),
-            peak and peak * run.mesh.size,
-        )
+        self.begin(start_step, cfg)
 
     def __enter__(self) -> StepLog:
         return self
@@ -62,6 +58,17 @@ class StepLog:
         if self._writer is not None:
             self._progress.close()
             self._writer.close()
+
+    def begin(self, step: int, cfg: Config) -> None:
+        """After `step` comes a step that is compiled first, of the FLOPs of `cfg`."""
+        self.flush()
+        self._start = step
+        peak = peak_flops(self._run.mesh.devices.flat[0])
+        self.timer = StepTimer(
+            cfg.data.batch_size,
+            model_flops_per_pair(cfg),
+            peak and peak * self._run.mesh.size,
+        )
 
     def add(self, step: int, metrics: dict[str, Array], batch: dict[str, Any]) -> None:
         """Metrics of a step that was started; waits for the one `RUN_AHEAD` steps before."""

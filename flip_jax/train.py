@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -218,6 +219,8 @@ class Compiled:
       target: the train state as `jax.ShapeDtypeStruct` with shardings.
       init: () -> a fresh state.
       step: (state, device batch) -> (state, metrics); the state's buffers are donated.
+      unmasked: config and step of unmasked tuning, on all patches.
+      masked_steps: after so many steps the run goes over to that.
     """
 
     def __init__(self, cfg: Config, mesh: Mesh, steps_per_epoch: int, steps: int):
@@ -231,11 +234,16 @@ class Compiled:
             shardings,
         )
         self.init = jax.jit(lambda: init_state(cfg, tx), out_shardings=shardings)
-        self.step = jax.jit(
-            make_train_step(cfg, tx, rate, target_alpha(cfg, steps_per_epoch), mesh),
-            donate_argnums=0,
-            out_shardings=(shardings, None),
-        )
+
+        def jitted(cfg: Config) -> Callable[..., Any]:
+            step = make_train_step(cfg, tx, rate, target_alpha(cfg, steps_per_epoch), mesh)
+            return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+        self.step = jitted(cfg)
+        vision = replace(cfg.model.vision, keep_patches=None)
+        unmasked = replace(cfg, model=replace(cfg.model, vision=vision))
+        self.unmasked = unmasked, jitted(unmasked)
+        self.masked_steps = steps - round(cfg.unmasked_epochs * steps_per_epoch)
 
 
 def sharding_table(cfg: Config) -> str:
@@ -287,15 +295,19 @@ def _train_from(
     """The loop: returns the step it ended at, and the final evaluation if that is the last one."""
     total = run.total_steps
     profile = StepProfile(run.cfg.profile, run.workdir / "profile")
+    take_step = compiled.step
     with StepLog(run, step) as steps, run.pipeline.batches(step) as batches, profile:
         if step == 0:
             steps.evaluate(0, state)
         while step < total and not stop.due(step):
             with steps.timer.waiting():
                 batch = next(batches)
+            if step >= compiled.masked_steps and take_step is compiled.step:
+                cfg, take_step = compiled.unmasked
+                steps.begin(step, cfg)
             step += 1
             profile.begin(step)
-            state, metrics = compiled.step(state, run.to_devices(batch))
+            state, metrics = take_step(state, run.to_devices(batch))
             profile.end(step, metrics)
             steps.add(step, metrics, batch)
             if step % run.cfg.log_every_steps == 0:

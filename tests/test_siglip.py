@@ -76,5 +76,5 @@ def test_loss_and_bias_belong_together(field, allowed):
 
 
 def test_the_preset():
-    cfg = config.validate(config.load("configs/siglip.py"))
+    cfg = config.validate(config.load(Path(__file__).parent.parent / "configs" / "siglip.py"))
     assert cfg.loss.contrastive == "sigmoid" and cfg.model.logit_bias == -10.0
