@@ -163,6 +163,9 @@ class DataConfig:
     flip: bool = True  # mirror half of the training images
     randaugment_ops: int = 2  # 0 = off
     randaugment_level: int = 5  # of 10
+    # What of its caption a picture is held against in the contrastive loss, drawn anew at each
+    # visit: all of it, one sentence, or a block of sentences in a row. ITM always reads all of it.
+    contrastive_text: Literal["caption", "sentence", "block"] = "caption"
     threads: int = 2  # decoding threads per process
     workers: int = 0  # decoding processes; 0 = threads of this process only
     prefetch: int = 4  # batches

@@ -88,8 +88,8 @@ class Run:
 
     def to_devices(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
         """The part of this host's rows that the step reads, on the mesh."""
-        names = ("image", "token_ids", "token_mask", "group")
-        return partition.to_global({name: batch[name] for name in names}, self.mesh)
+        rows = {name: batch[name] for name in batch if name not in ("index", "bad")}
+        return partition.to_global(rows, self.mesh)
 
 
 def load_tokenizer(cfg: Config) -> Tokenizer:

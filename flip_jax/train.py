@@ -81,7 +81,8 @@ def flip_loss(
       params, momentum: online parameters and twins, the twins already updated.
       queue: before this batch is added. Like the twins it is empty with the sigmoid loss.
       batch: image uint8 [B, H, W, 3] (or float32, normalised), token_ids int32 [B, S],
-        token_mask bool [B, S], group int32 [B].
+        token_mask bool [B, S], group int32 [B]; part_ids, part_mask [B, S] if the contrastive loss
+        reads another text than ITM.
       alpha: weight of the momentum targets.
       key: dropout, patch masking and negatives; None = deterministic, then `negatives` is needed.
       mesh: has the rows of the batch on all of its devices; None = one device.
@@ -94,6 +95,7 @@ def flip_loss(
     keys = [None] * 5 if key is None else jax.random.split(key, 5)
     image, group = batch["image"], batch["group"]
     texts = batch["token_ids"], batch["token_mask"]
+    compared = (batch["part_ids"], batch["part_mask"]) if "part_ids" in batch else texts
     model = nnx.merge(graphdef, params)
 
     def encode(keys, image, texts):
@@ -107,7 +109,7 @@ def flip_loss(
         return {"image": twin.encode_image(image)[1], "text": text_embed}
 
     parts = cfg.optim.accum_steps
-    image_tokens, embeds = in_parts(encode, parts)(tuple(keys[:2]), image, texts)
+    image_tokens, embeds = in_parts(encode, parts)(tuple(keys[:2]), image, compared)
     common = group, params["temperature"]
     if cfg.loss.contrastive == "sigmoid":
         twin_embeds = {}
@@ -115,7 +117,7 @@ def flip_loss(
             embeds, *common, params["logit_bias"], cfg.loss.same_group, mesh
         )
     else:
-        twin_embeds = jax.lax.stop_gradient(in_parts(encode_twin, parts)(keys[2], image, texts))
+        twin_embeds = jax.lax.stop_gradient(in_parts(encode_twin, parts)(keys[2], image, compared))
         local = cfg.loss.local_batch if cfg.loss.candidates == "local" else len(group)
         contrastive, same_group = sharded_itc_loss(
             embeds, twin_embeds, queue, *common, alpha, cfg.loss.same_group, local, mesh

@@ -80,10 +80,13 @@ def abstract_batch(cfg: Config, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeD
     def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    return {
+    ids, mask = array((rows, tokens), jnp.int32), array((rows, tokens), jnp.bool_)
+    whole = cfg.data.contrastive_text == "caption"
+    part = {} if whole else {"part_ids": ids, "part_mask": mask}
+    return part | {
         "image": array((rows, side, side, 3), jnp.uint8),
-        "token_ids": array((rows, tokens), jnp.int32),
-        "token_mask": array((rows, tokens), jnp.bool_),
+        "token_ids": ids,
+        "token_mask": mask,
         "group": array((rows,), jnp.int32),
     }
 

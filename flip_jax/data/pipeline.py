@@ -30,6 +30,7 @@ from absl import flags
 from flip_jax.config import DataConfig
 from flip_jax.data import transforms
 from flip_jax.data.records import BadRecord, Record, RecordSource, group_number
+from flip_jax.data.sub_captions import draw_part
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.data.transforms import BadImage
 
@@ -91,7 +92,9 @@ class _Load:
         image = transforms.rand_augment(
             image, rng, self.cfg.randaugment_ops, self.cfg.randaugment_level
         )
-        return {
+        kind = self.cfg.contrastive_text
+        part = {} if kind == "caption" else {"part": draw_part(caption, kind, rng)}
+        return part | {
             "image": image,
             "caption": caption,
             "group": group_number(record.group_id),
@@ -122,7 +125,11 @@ class _Collate:
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> Batch:
         token_ids, token_mask = self.tokenizer([example["caption"] for example in examples])
-        return {
+        part = {}
+        if "part" in examples[0]:
+            part_ids, part_mask = self.tokenizer([example["part"] for example in examples])
+            part = {"part_ids": part_ids, "part_mask": part_mask}
+        return part | {
             "image": np.stack([example["image"] for example in examples]),
             "token_ids": token_ids,
             "token_mask": token_mask,
@@ -138,7 +145,8 @@ class TrainPipeline:
     A batch is a dict of b = batch_size / host_count rows: `image` uint8 [b, S, S, 3] RGB,
     `token_ids` int32 [b, L], `token_mask` bool [b, L], `group` int32 [b] (see `group_number`),
     `index` int64 [b] (the record used), `bad` int32 [b] (records just before it, wrapping around,
-    that could not be used and were passed over).
+    that could not be used and were passed over); with `cfg.contrastive_text` other than `caption`
+    also `part_ids`, `part_mask` [b, L], the part of the caption.
 
     Every n consecutive rows of the global stream from a multiple of n on, n = len(source), come
     from every record once (a bad one is replaced by the next good one). A caption is drawn among
