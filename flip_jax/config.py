@@ -70,6 +70,8 @@ class ModelConfig:
     # Start of the trained bias of the pairs' logits, which `loss.contrastive=sigmoid` needs (-10 in
     # its paper); None = no such parameter.
     logit_bias: float | None = None
+    # Blocks of the decoder of masked image modelling; 0 = none, see `LossWeights.mim`.
+    mim_depth: int = 0
     # Compute type of matrix products; parameters, norms, softmax and losses stay float32.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     # What the backward pass recomputes: nothing, all but matrix products, or whole blocks.
@@ -77,7 +79,19 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class LossWeights:
+    """The loss is the sum of these parts times their weights; one of weight 0 is not computed."""
+
+    contrastive: float = 1.0  # see `LossConfig.contrastive`
+    itm: float = 1.0  # image-text matching
+    # Masked image modelling (FaRL, arXiv 2112.03109): a second pass of the image tower, of which
+    # some patches are hidden, and `model.mim_depth` more blocks that tell what was there.
+    mim: float = 0.0
+
+
+@dataclass(frozen=True)
 class LossConfig:
+    weights: LossWeights = field(default_factory=LossWeights)
     # `itc`: softmax over the batch's twins and a queue, with soft targets (the reference).
     # `sigmoid`: each pair of the batch is a yes-or-no question (SigLIP, arXiv 2303.15343). It has
     # neither twins nor queue: momentum, queue_size, alpha, candidates, local_batch do nothing.
@@ -99,6 +113,10 @@ class LossConfig:
     # the default); `ignore`: the pair is left out; `positive`: the target mass is shared among the
     # group (ALBEF, BLIP).
     same_group: Literal["negative", "ignore", "positive"] = "negative"
+    # Share of the patches that MIM hides, and whether in rectangles (BEiT, arXiv 2106.08254) or
+    # anywhere.
+    mim_share: float = 0.4
+    mim_masking: Literal["block", "random"] = "block"
 
 
 @dataclass(frozen=True)
@@ -305,6 +323,15 @@ def _validate_training(cfg: Config) -> None:
     )
     if loss.contrastive == "itc":
         _validate_candidates(loss, batch)
+    _at_least(cfg, 0, "loss.weights.itm", "loss.weights.mim", "model.mim_depth")
+    weight = loss.weights.contrastive
+    _require(weight > 0, "loss.weights.contrastive", weight, "must be above 0")
+    depth, needed = cfg.model.mim_depth, loss.weights.mim > 0
+    allowed = f"must be {'1 or more' if needed else '0'} with loss.weights.mim={loss.weights.mim}"
+    _require((depth > 0) == needed, "model.mim_depth", depth, allowed)
+    hidden = loss.mim_share * cfg.model.vision.patches
+    allowed = f"must hide 1 to all but 1 of the {cfg.model.vision.patches} patches"
+    _require(1 <= hidden <= cfg.model.vision.patches - 1, "loss.mim_share", loss.mim_share, allowed)
     _require(
         0 < loss.temperature_min <= loss.temperature <= loss.temperature_max,
         "loss.temperature",

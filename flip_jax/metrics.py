@@ -44,6 +44,7 @@ LINE = (
     ("loss_itc", "itc {:.4f}"),
     ("loss_sigmoid", "sigmoid {:.4f}"),
     ("loss_itm", "itm {:.4f}"),
+    ("loss_mim", "mim {:.4f}"),
     ("learning_rate", "lr {:.2e}"),
     ("temperature", "temperature {:.4f}"),
     ("grad_norm", "grad norm {:.3f}"),
@@ -195,7 +196,8 @@ def model_flops_per_pair(cfg: Config) -> float:
     D width, F MLP width, L layers, E the joint embedding, C the ITC candidates (index v: vision):
 
         ViT        2 (N_all - 1) 3p^2 D_v  +  L_v (8 N D_v^2 + 4 N^2 D_v + 4 N D_v F_v)
-        text       L (8 S D^2 + 4 S^2 D + 4 S D F)
+        MIM        as ViT on all tokens, its blocks more, and 2 M D_v 3p^2 for M hidden patches
+    text       L (8 S D^2 + 4 S^2 D + 4 S D F)
         fusion     3 text + L (4 N D_v D  +  3 (4 S D^2 + 4 S N D)) + 3 * 4 D
         heads      2 D_v E + 2 D E
 
@@ -227,7 +229,14 @@ def model_flops_per_pair(cfg: Config) -> float:
     fusion = 3 * bert + text.depth * cross + 3 * 4 * width
     heads = 2 * vision.width * embed + 2 * width * embed
 
-    online = 2 * patch_embed + 3 * (vit + bert + fusion + heads) + 2 * 2 * batch * embed
+    online = 2 * patch_embed + 3 * (vit + bert + heads)
+    if cfg.loss.weights.itm:
+        online += 3 * fusion + 2 * 2 * batch * embed
+    if cfg.loss.weights.mim:
+        blocks = (vision.depth + cfg.model.mim_depth) / vision.depth * vit_all
+        hidden = round(cfg.loss.mim_share * vision.patches)
+        out = 2 * hidden * vision.width * 3 * vision.patch_size**2
+        online += 2 * patch_embed + 3 * (blocks + out)
     if cfg.loss.contrastive == "sigmoid":
         return float(online + 3 * 2 * batch * embed)
     local = cfg.loss.local_batch if cfg.loss.candidates == "local" else batch

@@ -11,19 +11,15 @@ from typing import Any, TypedDict
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import Mesh, use_abstract_mesh
 
 from flip_jax import checkpoint, partition
 from flip_jax.config import Config
 from flip_jax.convert.init import initial_state
 from flip_jax.downstream.retrieval import Retrieval
-from flip_jax.losses.itc_sharded import sharded_itc_loss
-from flip_jax.losses.itm import itm_logits, itm_loss, sample_hard_negatives
-from flip_jax.losses.sigmoid import sharded_sigmoid_loss
+from flip_jax.losses.flip import flip_loss
 from flip_jax.models import flip
 from flip_jax.optim import learning_rate, make_optimizer, target_alpha
-from flip_jax.parts import in_parts
 from flip_jax.profile import StepProfile
 from flip_jax.report import write_results
 from flip_jax.run import Run, StopSignal
@@ -60,91 +56,6 @@ def init_state(cfg: Config, tx: optax.GradientTransformation) -> TrainState:
         momentum=momentum,
         queue=queue,
     )
-
-
-def flip_loss(
-    params: flip.Params,
-    momentum: flip.Params,
-    queue: dict[str, Array],
-    batch: dict[str, Array],
-    alpha: Array | float,
-    key: Array | None,
-    *,
-    cfg: Config,
-    graphdef: nnx.GraphDef,
-    mesh: Mesh | None = None,
-    negatives: dict[str, Array] | None = None,
-) -> tuple[Array, dict[str, Array]]:
-    """Contrastive loss (ITC or sigmoid) + ITM, equal weights.
-
-    Args:
-      params, momentum: online parameters and twins, the twins already updated.
-      queue: before this batch is added. Like the twins it is empty with the sigmoid loss.
-      batch: image uint8 [B, H, W, 3] (or float32, normalised), token_ids int32 [B, S],
-        token_mask bool [B, S], group int32 [B]; part_ids, part_mask [B, S] if the contrastive loss
-        reads another text than ITM.
-      alpha: weight of the momentum targets.
-      key: dropout, patch masking and negatives; None = deterministic, then `negatives` is needed.
-      mesh: has the rows of the batch on all of its devices; None = one device.
-      negatives: {"image", "text": int32 [B]} instead of drawn ones.
-
-    Returns:
-      (loss, {"metrics": scalars; "twin_embeds": for the queue, empty with the sigmoid loss;
-      "itm_logits": float32 [3B, 2]})
-    """
-    keys = [None] * 5 if key is None else jax.random.split(key, 5)
-    image, group = batch["image"], batch["group"]
-    texts = batch["token_ids"], batch["token_mask"]
-    compared = (batch["part_ids"], batch["part_mask"]) if "part_ids" in batch else texts
-    model = nnx.merge(graphdef, params)
-
-    def encode(keys, image, texts):
-        image_tokens, image_embed = model.encode_image(image, keys[0])
-        return image_tokens, {"image": image_embed, "text": model.encode_text(*texts, keys[1])[1]}
-
-    def encode_twin(key, image, texts):
-        twin = nnx.merge(graphdef, params | momentum)
-        # As in the reference the twins run in train mode: their text dropout is active.
-        text_embed = twin.encode_text(*texts, key)[1]
-        return {"image": twin.encode_image(image)[1], "text": text_embed}
-
-    parts = cfg.optim.accum_steps
-    image_tokens, embeds = in_parts(encode, parts)(tuple(keys[:2]), image, compared)
-    common = group, params["temperature"]
-    if cfg.loss.contrastive == "sigmoid":
-        twin_embeds = {}
-        contrastive, same_group = sharded_sigmoid_loss(
-            embeds, *common, params["logit_bias"], cfg.loss.same_group, mesh
-        )
-    else:
-        twin_embeds = jax.lax.stop_gradient(in_parts(encode_twin, parts)(keys[2], image, compared))
-        local = cfg.loss.local_batch if cfg.loss.candidates == "local" else len(group)
-        contrastive, same_group = sharded_itc_loss(
-            embeds, twin_embeds, queue, *common, alpha, cfg.loss.same_group, local, mesh
-        )
-
-    valid = {"image": jnp.ones_like(group, bool), "text": jnp.ones_like(group, bool)}
-    if negatives is None:
-        negatives, valid = sample_hard_negatives(
-            embeds["image"], embeds["text"], group, params["temperature"], keys[3], mesh
-        )
-    logits = itm_logits(
-        model.match, *texts, image_tokens, negatives, keys[4], mesh=mesh, parts=parts
-    )
-    itm, itm_accuracy = itm_loss(logits, valid)
-
-    loss = contrastive + itm
-    metrics = {
-        "loss": loss,
-        f"loss_{cfg.loss.contrastive}": contrastive,
-        "loss_itm": itm,
-        "itm_accuracy": itm_accuracy,
-        "itm_without_negative": jnp.sum(~valid["image"]),
-        "same_group": same_group,
-    }
-    # In the reference's order: all pairs, all negative images, all negative texts.
-    logits = logits.swapaxes(0, 1).reshape(-1, 2)
-    return loss, {"metrics": metrics, "twin_embeds": twin_embeds, "itm_logits": logits}
 
 
 def make_train_step(

@@ -10,10 +10,11 @@ from tiny_run import CFG, batches
 
 from flip_jax import partition
 from flip_jax.config import Config, MeshConfig
+from flip_jax.losses.flip import flip_loss
 from flip_jax.models import flip
 from flip_jax.optim import make_optimizer
 from flip_jax.parts import in_parts
-from flip_jax.train import flip_loss, init_state, make_train_step
+from flip_jax.train import init_state, make_train_step
 
 
 def in_steps(cfg: Config, parts: int, dropout: float = 0.0) -> Config:

@@ -19,9 +19,10 @@ from safetensors.numpy import load_file
 from flip_jax.checkpoint import load_momentum, load_params
 from flip_jax.config import Config, LossConfig, ModelConfig, TextConfig, VisionConfig
 from flip_jax.convert import torch_flip
+from flip_jax.losses.flip import flip_loss
 from flip_jax.losses.itc import itc_loss
 from flip_jax.models import flip
-from flip_jax.train import TrainState, flip_loss, make_train_step
+from flip_jax.train import TrainState, make_train_step
 
 NOISE = 5e-6  # twice the largest float32 - float64 difference of any recorded output
 

@@ -25,8 +25,9 @@ from flip_jax.config import (
     VisionConfig,
 )
 from flip_jax.convert import torch_flip
+from flip_jax.losses.flip import flip_loss
 from flip_jax.models import flip
-from flip_jax.train import TrainState, flip_loss, make_train_step
+from flip_jax.train import TrainState, make_train_step
 
 torch = pytest.importorskip("torch", reason="the peer needs PyTorch (extra `torch`)")
 from benchmarks.torch_peer import PeerConfig, TorchFlip, make_optimizer, official_name  # noqa: E402

@@ -16,10 +16,11 @@ from flip_jax.data.records import RecordSource
 from flip_jax.data.sources import write_drawn
 from flip_jax.data.sub_captions import draw_part, sentences
 from flip_jax.data.tokenizer import Tokenizer
+from flip_jax.losses.flip import flip_loss
 from flip_jax.models import flip
 from flip_jax.optim import make_optimizer
 from flip_jax.partition import make_mesh
-from flip_jax.train import flip_loss, init_state
+from flip_jax.train import init_state
 
 CAPTION = "She has 2.5 cm of hair.  Does she smile? No!"
 

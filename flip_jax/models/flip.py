@@ -13,13 +13,14 @@ from flax import nnx
 
 from flip_jax.config import ModelConfig
 from flip_jax.models.bert import Bert, ImageIndex
+from flip_jax.models.mim import MimDecoder
 from flip_jax.models.vit import VisionTransformer, normalize_pixels
 
 Array = jax.Array
 Params = dict  # nested dict[str, Array]
 
 # Parameters without a momentum twin.
-ONLINE_ONLY = ("itm_head", "temperature", "logit_bias")
+ONLINE_ONLY = ("itm_head", "temperature", "logit_bias", "mim")
 
 
 def _linear(width: int, out: int, rngs: nnx.Rngs) -> nnx.Linear:
@@ -56,6 +57,8 @@ class Flip(nnx.Module):
         self.temperature = nnx.Param(jnp.asarray(temperature, jnp.float32))
         if cfg.logit_bias is not None:
             self.logit_bias = nnx.Param(jnp.asarray(cfg.logit_bias, jnp.float32))
+        if cfg.mim_depth:
+            self.mim = MimDecoder(cfg.vision, cfg.mim_depth, **options)
 
     def encode_image(self, image: Array, key: Array | None = None) -> tuple[Array, Array]:
         """Image tokens and embedding.
@@ -128,6 +131,22 @@ class Flip(nnx.Module):
             token_ids = jnp.asarray(token_ids).at[:, 0].set(self.enc_id)
         fused = self.bert(token_ids, token_mask, image_tokens, image_index, key)
         return fused[:, 0].astype(jnp.float32)
+
+    def predict_hidden(self, image: Array, hidden: Array) -> Array:
+        """What a picture shows at its hidden patches.
+
+        Args:
+          image: uint8 [B, H, W, 3] (or float32, normalised); hidden: int32 [B, M], patches.
+
+        Returns:
+          float32 [B, M, P*P*3], see `models.mim`.
+        """
+        pixels = normalize_pixels(image) if image.dtype == jnp.uint8 else image
+        rows = jnp.arange(len(hidden))[:, None]
+        patches = len(self.vit.position_embed[...]) - 1
+        mask = jnp.zeros((len(hidden), patches), bool).at[rows, hidden].set(True)
+        tokens = self.vit.encode_hidden(pixels, mask, self.mim.mask_token[...])
+        return self.mim(tokens, hidden)
 
 
 def build(cfg: ModelConfig) -> nnx.GraphDef:

@@ -110,22 +110,39 @@ class VisionTransformer(nnx.Module):
           also [L, B, 1 + patches, D].
         """
         x = self.patch_embed(self.patches(image).astype(self.dtype))
+        x, blocks = self._encode(x, key, return_blocks)
+        tokens = self.post_norm(x)
+        return (tokens, blocks) if return_blocks else tokens
+
+    def encode_hidden(self, image: Array, hidden: Array, mask_token: Array) -> Array:
+        """Encode images of which some patches are hidden, not dropped.
+
+        Args:
+          image: as above; hidden: bool [B, patches]; mask_token: [D], in their place.
+
+        Returns:
+          tokens [B, 1 + patches, D], before `post_norm`.
+        """
+        x = self.patch_embed(self.patches(image).astype(self.dtype))
+        x = jnp.where(hidden[..., None], mask_token.astype(x.dtype), x)
+        return self._encode(x, None, False)[0]
+
+    def _encode(self, x: Array, key: Array | None, collect: bool) -> tuple[Array, Array | None]:
+        """Embedded patches -> what comes out of the last block, and of every block."""
         position = self.position_embed[...].astype(x.dtype)
         x = x + position[1:]
         if key is not None and self.keep_patches is not None:
             x = keep_random_patches(x, self.keep_patches, key)
         first = self.class_embed[...].astype(x.dtype) + position[0]
         x = jnp.concatenate([jnp.broadcast_to(first, (len(x), 1, x.shape[-1])), x], axis=1)
-        x, blocks = scan_blocks(
+        return scan_blocks(
             self.blocks,
             self.pre_norm(x),
             lambda block, x, _: block(x),
             key=None,
             remat=self.remat,
-            collect=return_blocks,
+            collect=collect,
         )
-        tokens = self.post_norm(x)
-        return (tokens, blocks) if return_blocks else tokens
 
 
 def keep_random_patches(x: Array, count: int, key: Array) -> Array:

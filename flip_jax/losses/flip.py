@@ -1,0 +1,138 @@
+"""THE loss of a training step: its parts, each times its weight in `LossWeights`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from flip_jax.config import Config
+from flip_jax.losses.itc_sharded import sharded_itc_loss
+from flip_jax.losses.itm import itm_logits, itm_loss, sample_hard_negatives
+from flip_jax.losses.mim import hidden_patches, mim_loss, pixel_targets
+from flip_jax.losses.sigmoid import sharded_sigmoid_loss
+from flip_jax.models import flip
+from flip_jax.models.vit import normalize_pixels
+from flip_jax.parts import in_parts
+
+Array = jax.Array
+Pair = dict[str, Array]  # "image" and "text", of equal shapes
+
+
+def flip_loss(
+    params: flip.Params,
+    momentum: flip.Params,
+    queue: dict[str, Array],
+    batch: dict[str, Array],
+    alpha: Array | float,
+    key: Array | None,
+    *,
+    cfg: Config,
+    graphdef: nnx.GraphDef,
+    mesh: Mesh | None = None,
+    negatives: Pair | None = None,
+) -> tuple[Array, dict[str, Any]]:
+    """Contrastive loss (ITC or sigmoid) + ITM + MIM.
+
+    Args:
+      params, momentum: online parameters and twins, the twins already updated.
+      queue: before this batch is added. Like the twins it is empty with the sigmoid loss.
+      batch: image uint8 [B, H, W, 3] (or float32, normalised), token_ids int32 [B, S],
+        token_mask bool [B, S], group int32 [B]; part_ids, part_mask [B, S] if the contrastive loss
+        reads another text than ITM.
+      alpha: weight of the momentum targets.
+      key: dropout, patch masking, negatives and hidden patches; None = deterministic, then
+        `negatives` is needed and MIM is not possible.
+      mesh: has the rows of the batch on all of its devices; None = one device.
+      negatives: {"image", "text": int32 [B]} instead of drawn ones.
+
+    Returns:
+      (loss, {"metrics": scalars; "twin_embeds": for the queue, empty with the sigmoid loss;
+      "itm_logits": float32 [3B, 2] where ITM has a weight})
+    """
+    keys = [None] * 5 if key is None else jax.random.split(key, 5)
+    image, weights = batch["image"], cfg.loss.weights
+    texts = batch["token_ids"], batch["token_mask"]
+    compared = (batch["part_ids"], batch["part_mask"]) if "part_ids" in batch else texts
+    model = nnx.merge(graphdef, params)
+
+    def encode(keys, image, texts):
+        image_tokens, image_embed = model.encode_image(image, keys[0])
+        return image_tokens, {"image": image_embed, "text": model.encode_text(*texts, keys[1])[1]}
+
+    def encode_twin(key, image, texts):
+        twin = nnx.merge(graphdef, params | momentum)
+        # As in the reference the twins run in train mode: their text dropout is active.
+        text_embed = twin.encode_text(*texts, key)[1]
+        return {"image": twin.encode_image(image)[1], "text": text_embed}
+
+    parts = cfg.optim.accum_steps
+    image_tokens, embeds = in_parts(encode, parts)(tuple(keys[:2]), image, compared)
+    twin_embeds = {}
+    if cfg.loss.contrastive == "itc":
+        twin_embeds = jax.lax.stop_gradient(in_parts(encode_twin, parts)(keys[2], image, compared))
+    contrastive, same_group = _contrastive(
+        embeds, twin_embeds, queue, batch["group"], params, alpha, cfg, mesh
+    )
+    losses = {cfg.loss.contrastive: weights.contrastive * contrastive}
+    metrics = {f"loss_{cfg.loss.contrastive}": contrastive, "same_group": same_group}
+    aux = {"twin_embeds": twin_embeds}
+
+    if weights.itm:
+        valid = {name: jnp.ones(len(image), bool) for name in embeds}
+        if negatives is None:
+            drawn = embeds["image"], embeds["text"], batch["group"], params["temperature"]
+            negatives, valid = sample_hard_negatives(*drawn, keys[3], mesh)
+        logits = itm_logits(
+            model.match, *texts, image_tokens, negatives, keys[4], mesh=mesh, parts=parts
+        )
+        metrics["loss_itm"], metrics["itm_accuracy"] = itm_loss(logits, valid)
+        metrics["itm_without_negative"] = jnp.sum(~valid["image"])
+        losses["itm"] = weights.itm * metrics["loss_itm"]
+        # In the reference's order: all pairs, all negative images, all negative texts.
+        aux["itm_logits"] = logits.swapaxes(0, 1).reshape(-1, 2)
+    if weights.mim:
+        # Not one more of the keys above, so that the others do not depend on MIM.
+        metrics["loss_mim"] = _mim(model, image, jax.random.fold_in(key, len(keys)), cfg)
+        losses["mim"] = weights.mim * metrics["loss_mim"]
+
+    metrics["loss"] = sum(losses.values())
+    return metrics["loss"], aux | {"metrics": metrics}
+
+
+def _contrastive(
+    embeds: Pair,
+    twin_embeds: Pair,
+    queue: dict[str, Array],
+    group: Array,
+    params: flip.Params,
+    alpha: Array | float,
+    cfg: Config,
+    mesh: Mesh | None,
+) -> tuple[Array, Array]:
+    """(loss, mean number of same-group candidates per row)."""
+    temperature, same_group = params["temperature"], cfg.loss.same_group
+    if cfg.loss.contrastive == "sigmoid":
+        bias = params["logit_bias"]
+        return sharded_sigmoid_loss(embeds, group, temperature, bias, same_group, mesh)
+    local = cfg.loss.local_batch if cfg.loss.candidates == "local" else len(group)
+    return sharded_itc_loss(
+        embeds, twin_embeds, queue, group, temperature, alpha, same_group, local, mesh
+    )
+
+
+def _mim(model: flip.Flip, image: Array, key: Array, cfg: Config) -> Array:
+    """Guess hidden patches from the others, in a pass of its own."""
+    vision = cfg.model.vision
+    grid, count = vision.image_size // vision.patch_size, round(cfg.loss.mim_share * vision.patches)
+    hidden = hidden_patches(key, len(image), grid, count, cfg.loss.mim_masking)
+
+    def guess(_, image, hidden):
+        return model.predict_hidden(image, hidden)
+
+    predicted = in_parts(guess, cfg.optim.accum_steps)(None, image, hidden)
+    pixels = normalize_pixels(image) if image.dtype == jnp.uint8 else image
+    return mim_loss(predicted, pixel_targets(model.vit.patches(pixels), hidden))

@@ -1,0 +1,150 @@
+"""Masked image modelling: what is hidden, what is predicted, and whole steps with it."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_partition import assert_same_steps, run
+from tiny_run import CFG, batches
+
+from flip_jax import config
+from flip_jax.config import LossWeights
+from flip_jax.losses.flip import flip_loss
+from flip_jax.losses.mim import hidden_patches, mim_loss, pixel_targets
+from flip_jax.models import flip
+from flip_jax.models.vit import normalize_pixels
+from flip_jax.optim import make_optimizer
+from flip_jax.train import init_state, make_train_step
+
+VISION = replace(CFG.model.vision, patch_size=8)  # 4 x 4 patches
+MODEL = replace(CFG.model, vision=VISION, mim_depth=1)
+MIM = replace(
+    CFG, model=MODEL, loss=replace(CFG.loss, weights=LossWeights(contrastive=1, itm=0, mim=2))
+)
+
+
+@pytest.mark.parametrize("masking", ["block", "random"])
+@pytest.mark.parametrize("count", [1, 30, 78, 195])
+def test_exactly_so_many_patches_are_hidden(masking, count):
+    hidden = np.asarray(hidden_patches(jax.random.key(1), 50, 14, count, masking))
+    assert hidden.shape == (50, count)
+    assert (np.diff(hidden, axis=1) > 0).all() and hidden.min() >= 0 and hidden.max() < 196
+    assert len({tuple(row) for row in hidden}) > 15  # at 195 those that leave out the middle
+
+
+def neighbours(hidden, grid=14):
+    """Share of the hidden patches' neighbours to the right that are hidden, too."""
+    mask = np.zeros((len(hidden), grid * grid), bool)
+    np.put_along_axis(mask, hidden, True, axis=1)
+    mask = mask.reshape(-1, grid, grid)
+    return (mask[:, :, 1:] & mask[:, :, :-1]).sum() / mask[:, :, :-1].sum()
+
+
+def test_blocks_are_rectangles_everywhere_in_the_picture():
+    block, spread = (
+        np.asarray(hidden_patches(jax.random.key(2), 2000, 14, 78, masking))
+        for masking in ("block", "random")
+    )
+    assert abs(neighbours(spread) - 77 / 195) < 0.01
+    assert neighbours(block) > 0.7
+    share = np.bincount(block.ravel(), minlength=196) / 2000
+    assert share.min() > 0.02 and share.max() > 0.7  # few rectangles reach the corners
+    np.testing.assert_allclose(share, share[::-1], atol=0.06)
+    np.testing.assert_allclose(
+        np.bincount(spread.ravel(), minlength=196) / 2000, 78 / 196, atol=0.06
+    )
+
+
+def test_targets_are_patches_of_mean_0_and_variance_1():
+    rng = np.random.default_rng(0)
+    patches = rng.normal(3.0, 2.0, size=(2, 16, 48)).astype(np.float32)
+    hidden = np.array([[1, 5, 6], [0, 2, 15]], np.int32)
+    targets = np.asarray(pixel_targets(patches, hidden))
+    chosen = np.take_along_axis(patches.astype(np.float64), hidden[..., None], axis=1)
+    expected = chosen - chosen.mean(-1, keepdims=True)
+    expected /= np.sqrt(chosen.var(-1, ddof=1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(targets, expected, atol=1e-5)
+    assert mim_loss(targets + 0.5, targets) == pytest.approx(0.25, rel=1e-5)
+
+
+def test_hidden_patches_are_not_seen_and_the_others_are():
+    params = flip.init_params(MODEL, 0.07, jax.random.key(0))
+    model = nnx.merge(flip.build(MODEL), params)
+    (batch,) = batches(1)
+    image = batch["image"][:2].copy()
+    hidden = np.array([[0, 5, 6], [0, 2, 15]], np.int32)
+    before = model.predict_hidden(image, hidden)
+    assert before.shape == (2, 3, 3 * 8 * 8) and before.dtype == jnp.float32
+    image[:, :8, :8] = 255 - image[:, :8, :8]  # patch 0, hidden in both
+    np.testing.assert_array_equal(model.predict_hidden(image, hidden), before)
+    image[:, 8:16, :8] = 255 - image[:, 8:16, :8]  # patch 4, in full view
+    assert (np.abs(model.predict_hidden(image, hidden) - before).max(axis=(1, 2)) > 1e-4).all()
+    # Nothing hidden at all: what the image tower makes of the picture, before its last norm.
+    pixels = normalize_pixels(jnp.asarray(image))
+    tokens = model.vit.encode_hidden(pixels, np.zeros((2, 16), bool), model.mim.mask_token[...])
+    np.testing.assert_allclose(model.vit.post_norm(tokens), model.vit(pixels), atol=1e-6)
+
+
+def losses(weights, batch):
+    cfg = replace(MIM, loss=replace(MIM.loss, weights=weights))
+    state = init_state(MIM, make_optimizer(cfg.optim, lambda _: 1e-3))
+    arguments = state["params"], state["momentum"], state["queue"], batch, 0.4, jax.random.key(3)
+
+    @jax.jit
+    def f(arguments):
+        loss, aux = flip_loss(*arguments, cfg=cfg, graphdef=flip.build(MODEL))
+        return loss, aux["metrics"]
+
+    return f(arguments)
+
+
+def test_the_loss_is_the_weighted_sum_of_its_parts():
+    (batch,) = batches(1)
+    total, parts = losses(LossWeights(contrastive=0.5, itm=3.0, mim=2.0), batch)
+    expected = 0.5 * parts["loss_itc"] + 3 * parts["loss_itm"] + 2 * parts["loss_mim"]
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    total, alone = losses(LossWeights(), batch)
+    assert "loss_mim" not in alone
+    assert alone["loss_itc"] == parts["loss_itc"] and alone["loss_itm"] == parts["loss_itm"]
+    assert "loss_itm" not in losses(LossWeights(itm=0.0), batch)[1]
+
+
+def test_same_steps_on_a_mesh():
+    meshed, alone = run(8, 2, MIM), run(1, 1, MIM)
+    assert {"loss_itc", "loss_mim"} < set(alone[0][0]) and "loss_itm" not in alone[0][0]
+    assert_same_steps(meshed, alone)
+
+
+def test_learns_to_guess_a_fixed_batch():
+    tx = make_optimizer(replace(MIM.optim, weight_decay=0.0), lambda _: 3e-3)
+    step = jax.jit(make_train_step(MIM, tx, lambda _: jnp.float32(3e-3), lambda _: 0.0))
+    state = init_state(MIM, tx)
+    (batch,) = batches(1)
+    # Smooth pictures: noise cannot be guessed from what is around it.
+    ramp = np.linspace(0, 255, 32)
+    slopes = np.random.default_rng(1).uniform(0, 1, (16, 1, 1, 3))
+    picture = slopes * ramp[:, None, None] + (1 - slopes) * ramp[None, :, None]
+    batch["image"] = picture.astype(np.uint8)
+    values = []
+    for _ in range(60):
+        state, metrics = step(state, batch)
+        values.append(float(metrics["loss_mim"]))
+    assert values[0] > 0.9 and np.mean(values[-5:]) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (["loss.weights.mim=1"], r"model\.mim_depth=0: must be 1 or more with loss\.weights\.mim"),
+        (["model.mim_depth=1"], r"model\.mim_depth=1: must be 0 with loss\.weights\.mim=0"),
+        (["loss.mim_share=0.999"], r"loss\.mim_share=0\.999: must hide 1 to all but 1 of the 196"),
+        (["loss.weights.contrastive=0"], r"loss\.weights\.contrastive=0.*must be above 0"),
+    ],
+)
+def test_settings_that_do_not_fit(fields, message):
+    cfg = config.from_arguments(config.Config(), [f"--config.{field}" for field in fields])
+    with pytest.raises(ValueError, match=message):
+        config.validate(cfg)
