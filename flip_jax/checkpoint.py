@@ -215,7 +215,7 @@ class Checkpointer:
         """Removes the unfinished folder of the pending step and raises CheckpointError."""
         step, self._pending = self._pending, None
         if jax.process_index() == 0 and step in _incomplete_steps(self._folder):
-            shutil.rmtree(self._folder / str(step), ignore_errors=True)
+            _remove(self._folder / str(step))
         self._manager.reload()  # it listed the step as soon as the save began
         raise CheckpointError(
             f"checkpoint of step {step} could not be written to {self._folder}: {_brief(error)}. "
@@ -275,6 +275,15 @@ def load_params(
 def read_meta(path: Path | str, step: int | None = None) -> dict[str, Any]:
     """Reads a step's `meta`; `path` as for `load_params`, `step` None = the newest complete."""
     return _read_step_meta(_step_folder(Path(path), step))
+
+
+def _remove(folder: Path) -> None:
+    """Removes what a failed save left. Other arrays of it may be written for a moment longer."""
+    for _ in range(10):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.1)
+        if not folder.exists():
+            return
 
 
 def _options(cfg: CheckpointConfig) -> ocp.CheckpointManagerOptions:
