@@ -1,15 +1,18 @@
 """Speed and memory of curation: its stages, a whole local build, and a build of very many rows.
 
     python benchmarks/curate.py stages [--pictures 400]
-    python benchmarks/curate.py build [--pictures 40000]
+    python benchmarks/curate.py build [--pictures 8000]
     python benchmarks/curate.py rows [--rows 1000000]
     python benchmarks/curate.py hashes --table faces.parquet --images photos --group-column person
 
-`stages` gives pairs per second of each stage on one core, and captions per second of the grammar.
-`build` makes a data set with one worker process and with two, twice in turns, takes the best times
-and compares the shards.
-`rows` is for the text: a build in which each picture is 16 x 16 pixels of noise, with its peak
-memory. These draw their pictures, at 285 x 285 px, the mean of the paper's, where they matter.
+`stages` gives pairs per CPU second of each stage, and captions per CPU second of the grammar.
+`build` makes a data set with one worker process and with two, twice in turns, and compares the
+shards.
+`rows` is for the text: a build in which each picture is 16 x 16 pixels of noise, of all rows and of
+a tenth of them, with its peak memory.
+These draw their pictures: 615 x 615 px, the mean of LAION-Face, with a face of 285 x 285 px, the
+mean of the paper's crops. The last line that they print is JSON, with the command to repeat it and
+the load of the machine; CPU seconds, unlike the clock, mean much the same on a busy one.
 `hashes` counts in how many bits perceptual hashes differ: of a picture and its copies, of pictures
 of one person, of different people.
 """
@@ -28,6 +31,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -37,7 +41,9 @@ import pyarrow.parquet as pq
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from flip_jax.config import to_dict
+from flip_jax.curate.align import ARCFACE_POINTS
 from flip_jax.curate.config import (
+    AttributesConfig,
     BeamConfig,
     CaptionsConfig,
     CurateConfig,
@@ -47,7 +53,9 @@ from flip_jax.curate.config import (
     OptOutConfig,
     OutputConfig,
 )
+from flip_jax.curate.faces import FaceStage
 from flip_jax.curate.fetch import fetch_chunk
+from flip_jax.curate.inputs import read_chunk, split_input
 from flip_jax.curate.optout import OptOut
 from flip_jax.curate.parts import encode_candidate
 from flip_jax.curate.pictures import perceptual_hash
@@ -59,7 +67,8 @@ from flip_jax.data.drawn_faces import draw_face
 from flip_jax.data.sources import read_table
 from flip_jax.data.transforms import decode_image, encode_jpeg
 
-SIZE = 285  # pixels
+SCENE, FACE = 615, 285  # pixels
+NOISE = 4  # grey levels, to tell pictures apart
 
 
 def main() -> None:
@@ -69,7 +78,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     for run, option, default in (
         (stages, "--pictures", 400),
-        (build, "--pictures", 40_000),
+        (build, "--pictures", 8000),
         (rows, "--rows", 1_000_000),
     ):
         command = commands.add_parser(run.__name__)
@@ -85,60 +94,109 @@ def main() -> None:
     if args.run is None:
         return hashes(args.table, args.images, args.image_column, args.group_column)
     with tempfile.TemporaryDirectory() as folder:
-        args.run(args.number, Path(folder))
+        found = args.run(args.number, Path(folder))
+    machine = {
+        "cores": os.cpu_count(),
+        "load": [round(load, 1) for load in os.getloadavg()],
+        "repeat": f"python benchmarks/curate.py {' '.join(sys.argv[1:])}",
+    }
+    print(json.dumps({"benchmark": f"curate {args.run.__name__}", **found, **machine}))
 
 
 def draw(count: int, folder: Path) -> Path:
-    """Writes faces as JPEG and a table of them; returns the table. A hundred are drawn, the others
-    are these with noise: drawing takes far longer than curation."""
+    """Writes photographs as JPEG and a table of them; returns the table. A hundred faces are drawn,
+    the others are these with noise: drawing takes far longer than curation."""
     rng = np.random.default_rng(0)
-    faces = [draw_face(seed=0, identity=number, picture=0, size=SIZE) for number in range(100)]
+    faces = [draw_face(seed=0, identity=number, picture=0, size=FACE) for number in range(100)]
+    corner = (SCENE - FACE) // 2
+    scene = cv2.resize(rng.integers(0, 256, (20, 20, 3), np.uint8), (SCENE, SCENE))
     labels, names = [], []
     for number in range(count):
         face = faces[number % len(faces)]
-        noise = rng.integers(-8, 9, (SIZE, SIZE, 1), np.int16)
-        image = np.clip(face.image + noise, 0, 255).astype(np.uint8)
+        scene[corner : corner + FACE, corner : corner + FACE] = face.image
+        noise = rng.integers(-NOISE, NOISE + 1, (SCENE, SCENE, 1), np.int16)
         names.append(f"{number:06d}.jpg")
+        image = np.clip(scene + noise, 0, 255).astype(np.uint8)
         (folder / names[-1]).write_bytes(encode_jpeg(image, 90))
         labels.append(face.attributes)
     columns = dict(zip(ATTRIBUTES, np.stack(labels, axis=1), strict=True))
-    pq.write_table(pa.table({"file": names, **columns}), folder / "faces.parquet")
+    box = [[corner, corner, corner + FACE, corner + FACE]] * count
+    pq.write_table(pa.table({"file": names, "box": box, **columns}), folder / "faces.parquet")
     return folder / "faces.parquet"
 
 
-def config(table: Path, out: Path, **input_fields) -> CurateConfig:
+def config(table: Path, out: Path, faces: FacesConfig, **input_fields) -> CurateConfig:
     return CurateConfig(
         input=InputConfig(paths=str(table), **input_fields),
-        faces=FacesConfig(detector="whole", min_side=8),
+        faces=faces,
+        attributes=AttributesConfig(min_labels=-1),
         output=OutputConfig(path=str(out)),
     )
 
 
-def stages(pictures: int, folder: Path) -> None:
+def photographs(folder: Path, out: Path, chunk_rows: int) -> CurateConfig:
+    """Boxes and labels are given, as in published data sets."""
+    return config(
+        folder / "faces.parquet",
+        out,
+        FacesConfig(detector="given"),
+        images=str(folder),
+        file_column="file",
+        box_column="box",
+        chunk_rows=chunk_rows,
+    )
+
+
+def stages(pictures: int, folder: Path) -> dict[str, Any]:
     from flip_jax.curate.pipeline import make_stages
 
     table = pq.read_table(draw(pictures, folder))
+    names = table["file"].to_pylist()
     labels = np.stack([table[name].to_numpy() for name in ATTRIBUTES], axis=1).astype(np.int8)
-    samples = [
-        Sample(id=name, place=Place(str(folder / name)), attributes=labels[index])
-        for index, name in enumerate(table["file"].to_pylist())
-    ]
-    print(f"pairs/s on one core, {pictures} pictures of {SIZE} x {SIZE} px, best of 5")
+    work, cfg = Work(str(folder / "work")), photographs(folder, folder / "out", 1000)
+    rates: dict[str, float] = {}
     total, tally = 0.0, Tally()
-    work = Work(str(folder / "work"))
-    cfg = config(folder, folder / "out", images=str(folder), file_column="file")
-    seconds = fetch(table["file"].to_pylist(), folder, work)
-    print(f"{len(samples) / seconds:12,.0f}  fetch, from a server on this machine")
+
+    def told(name: str, seconds: float, count: int = pictures) -> float:
+        rates[name] = round(count / seconds, -1 if count / seconds > 100 else 0)
+        print(f"{rates[name]:12,.0f}  {name}", flush=True)
+        return seconds
+
+    size = np.mean([(folder / name).stat().st_size for name in names])
+    print(
+        f"per CPU second, {pictures} pictures of {SCENE} x {SCENE} px, {size:,.0f} bytes; best of 5"
+    )
+    told("fetch, from a server on this machine", fetch(names, folder, work))
+    (chunk,) = split_input(work, str(folder / "faces.parquet"), 0, cfg.input)
+    read = partial(read_chunk, work, chunk, cfg.batch_rows, {}, tally)
+    total += told("input", best(lambda: list(read())))
+    samples = [sample for batch in read() for sample in batch]
     for stage in make_stages(cfg, work):
         stage.setup()
-        seconds = best(partial(stage.process, samples, tally))
-        samples, total = stage.process(samples, tally), total + seconds
-        print(f"{len(samples) / seconds:12,.0f}  {stage.name}")
-    seconds = best(lambda: [encode_candidate(sample) for sample in samples])
-    print(f"{len(samples) / seconds:12,.0f}  encode record")
-    print(f"{len(samples) / (total + seconds):12,.0f}  all of these but fetch")
-    seconds = best(lambda: [captions(row, 0, 5) for row in labels])
-    print(f"{5 * len(labels) / seconds:12,.0f}  captions/s of the grammar, five for each picture")
+        if stage.name == "faces":
+            detectors(samples, told)
+        total += told(stage.name, best(partial(stage.process, samples, tally)))
+        samples = stage.process(samples, tally)
+    assert len(samples) == pictures, tally.counts
+    total += told("encode record", best(lambda: [encode_candidate(sample) for sample in samples]))
+    told("all from input to record, without fetch", total)
+    grammar = best(lambda: [captions(row, 0, 5) for row in labels])
+    told("captions of the grammar, five for each picture", grammar, 5 * pictures)
+    return {"pictures": pictures, "picture_bytes": round(size), "per_cpu_second": rates}
+
+
+def detectors(samples: list[Sample], told: Callable[[str, float], float]) -> None:
+    """What crops cost that are not of given boxes alone."""
+    # The eyes, nose and mouth of a face that is a little turned.
+    points = (ARCFACE_POINTS / 112 * FACE + (SCENE - FACE) / 2) @ np.array([[1, 0.1], [-0.1, 1]])
+    aligned = [replace(sample, landmarks=points.astype(np.float32)) for sample in samples]
+    for name, faces, some in (
+        ("faces: aligned by five given points", FacesConfig(detector="given"), aligned),
+        ("faces: found by OpenCV's cascade", FacesConfig(detector="opencv"), samples),
+    ):
+        stage = FaceStage(faces)
+        stage.setup()
+        told(name, best(partial(stage.process, some, Tally()), rounds=2))
 
 
 def fetch(names: list[str], folder: Path, work: Work) -> float:
@@ -171,37 +229,45 @@ def best(work: Callable[[], object], rounds: int = 5) -> float:
     return min(times)
 
 
-def build(pictures: int, folder: Path) -> None:
+def build(pictures: int, folder: Path) -> dict[str, Any]:
     draw(pictures, folder)
-    chunk = max(pictures // 40, 1)
-    seconds: dict[int, list[float]] = {1: [], 2: []}
+    runs: dict[int, list[dict[str, float]]] = {1: [], 2: []}
     shards = []
     for turn in range(2):
         for workers in (1, 2):
             out = folder / f"{turn}-{workers}"
-            cfg = config(folder / "faces.parquet", out, images=str(folder), file_column="file")
-            cfg = replace(cfg, input=replace(cfg.input, chunk_rows=chunk))
-            wall, cpu, _ = run(replace(cfg, beam=BeamConfig(workers=workers)))
-            seconds[workers].append(wall)
+            cfg = photographs(folder, out, max(pictures // 40, 1))
+            runs[workers].append(run(replace(cfg, beam=BeamConfig(workers=workers))))
+            print(f"{workers} workers: {json.dumps(runs[workers][-1])}", flush=True)
             shards.append([file.read_bytes() for file in sorted(out.glob("*.array_record"))])
-            print(f"{workers} workers: {wall:6.1f} s, {cpu:6.1f} s of CPU")
-    assert all(each == shards[0] for each in shards), "shards differ"
-    one, two = (min(seconds[workers]) for workers in (1, 2))
-    print(f"{pictures / one:,.0f} pairs/s with one worker, {pictures / two:,.0f} with two")
-    print(f"two workers against one: {one / two:.2f} x; the shards are the same")
+    assert shards[0] and all(each == shards[0] for each in shards), "shards differ"
+    wall, cpu = (
+        {workers: min(each[kind] for each in found) for workers, found in runs.items()}
+        for kind in ("wall_s", "cpu_s")
+    )
+    rates = {str(workers): round(pictures / seconds) for workers, seconds in wall.items()}
+    return {
+        "pictures": pictures,
+        "pairs_per_second": rates,
+        "pairs_per_cpu_second": {str(n): round(pictures / seconds) for n, seconds in cpu.items()},
+        "two_workers_against_one": round(wall[1] / wall[2], 2),
+        "runs": {str(workers): found for workers, found in runs.items()},
+        "shards": "the same in all runs",
+    }
 
 
-def rows(number: int, folder: Path) -> None:
+def rows(number: int, folder: Path) -> dict[str, Any]:
+    found = {}
     for count in (number // 10, number):
         table = folder / f"{count}.parquet"
         noise_table(count, table)
-        cfg = config(table, folder / f"out-{count}", image_column="image", id_column="id")
-        cfg = replace(cfg, captions=CaptionsConfig(count=1))
-        wall, cpu, memory = run(cfg)
-        print(
-            f"{count:,} rows: {wall:.0f} s, {count / wall:,.0f} rows/s, {cpu:.0f} s of CPU, "
-            f"peak memory {memory / 2**20:.0f} MiB"
-        )
+        out = folder / f"out-{count}"
+        whole = FacesConfig(detector="whole", min_side=8)
+        cfg = config(table, out, whole, image_column="image", id_column="id")
+        found[str(count)] = run(replace(cfg, captions=CaptionsConfig(count=1)))
+        found[str(count)]["rows_per_cpu_second"] = round(count / found[str(count)]["cpu_s"])
+        print(f"{count:,} rows: {json.dumps(found[str(count)])}", flush=True)
+    return {"rows": found}
 
 
 def noise_table(count: int, path: Path) -> None:
@@ -271,17 +337,21 @@ COPIES = {
 }
 
 
-def run(cfg: CurateConfig) -> tuple[float, float, int]:
-    """Builds in a process of its own; returns seconds, CPU seconds and the peak memory of the
-    largest process, in bytes."""
+def run(cfg: CurateConfig) -> dict[str, float]:
+    """Builds in a process of its own; seconds, CPU seconds of it and its workers, and the peak
+    memory of the largest process."""
     command = [sys.executable, "-c", _BUILD, json.dumps(to_dict(cfg))]
     start = time.monotonic()
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"the build failed; run it yourself: {cfg}")
-    wall = time.monotonic() - start
-    return wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    return {
+        "wall_s": round(time.monotonic() - start, 1),
+        "cpu_s": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_mib": round(usage.ru_maxrss / 1024),
+        "load": round(os.getloadavg()[0], 1),
+    }
 
 
 _BUILD = """

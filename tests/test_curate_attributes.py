@@ -55,7 +55,8 @@ def test_bad_probabilities(probabilities, limit, message):
 def test_given_labels_and_too_few_of_them():
     samples = [
         Sample("six", attributes=labels(6)),
-        Sample("five", attributes=labels(5, 0)),
+        Sample("five", attributes=labels(5)),
+        Sample("absent", attributes=labels(40, 0)),
         Sample("none"),
         Sample("unknown", attributes=labels(0)),
     ]
@@ -63,9 +64,10 @@ def test_given_labels_and_too_few_of_them():
     assert [sample.id for sample in kept] == ["six"]
     np.testing.assert_array_equal(kept[0].attributes, labels(6))
     assert [(drop.sample.id, drop.reason, drop.detail) for drop in tally.drops] == [
-        ("five", "few labels", "5 known"),
+        ("five", "few labels", "5 present"),
+        ("absent", "few labels", "0 present"),
         ("none", "no labels", ""),
-        ("unknown", "few labels", "0 known"),
+        ("unknown", "few labels", "0 present"),
     ]
 
 
@@ -78,9 +80,9 @@ def test_no_labels_wanted():
 def test_given_probabilities_go_before_given_labels():
     probabilities = np.full(40, np.nan, np.float32)
     probabilities[:3] = (0.99, 0.01, 0.6)
-    sample = Sample("a", attributes=labels(10, 0), probabilities=probabilities)
+    sample = Sample("a", attributes=labels(10), probabilities=probabilities)
     ((kept,), _) = run(AttributeStage(GIVEN), sample)
-    assert kept.attributes[:11].tolist() == [1, 0, -1, 0, 0, 0, 0, 0, 0, 0, -1]
+    assert kept.attributes[:11].tolist() == [1, 0, -1, 1, 1, 1, 1, 1, 1, 1, -1]
     assert kept.attributes.dtype == np.int8
 
 
@@ -107,7 +109,8 @@ def grey(value, side=20):
 
 
 def test_a_labeller_of_ones_own():
-    stage = AttributeStage(dataclasses.replace(GIVEN, batch_size=2), Brightness())
+    cfg = dataclasses.replace(GIVEN, batch_size=2)
+    stage = AttributeStage(cfg, Brightness())
     stage.setup()
     tally = Tally()
     samples = [
@@ -118,15 +121,19 @@ def test_a_labeller_of_ones_own():
         Sample("light too", image=grey(240)),
     ]
     kept = stage.process(samples, tally)
-    assert [sample.id for sample in kept] == ["light", "dark", "light too"]
-    assert [sample.attributes[0] for sample in kept] == [1, 0, 1]
+    assert [sample.id for sample in kept] == ["light", "light too"]
+    assert [sample.attributes[0] for sample in kept] == [1, 1]
     np.testing.assert_allclose(kept[0].probabilities, 250 / 255, atol=1e-6)
     assert {(d.sample.id, d.reason) for d in tally.drops} == {
         ("broken", "undecodable"),
+        ("dark", "few labels"),
         ("grey", "few labels"),
     }
-    assert stage.labeller.batches == [2, 1, 1]  # of two samples each, one without a picture
+    assert stage.labeller.batches == [2, 2, 2]  # filled up, so that numbers stay the same
     assert stage.process([], tally) == []
+    every = AttributeStage(dataclasses.replace(cfg, min_labels=-1), stage.labeller)
+    found = every.process(samples[:1] + samples[1:2] + samples[3:4], Tally())
+    assert [sample.attributes[0] for sample in found] == [1, 0, -1]
     assert stage.fingerprint() != AttributeStage(GIVEN).fingerprint()
 
 
@@ -198,7 +205,7 @@ def test_model_files_that_do_not_fit(tmp_path, onnx_files):
     with pytest.raises(ValueError, match=r"config.attributes.model='none' is not a file"):
         AttributeStage(cfg("none"))
     few = onnx_files.mean_colour_classifier(tmp_path / "few.onnx", (8, 8), numbers=39)
-    with pytest.raises(ValueError, match=r"'numbers': \[1, 39\].*exactly one must be \[1, 40\]"):
+    with pytest.raises(ValueError, match=r"'numbers': \[16, 39\].*exactly one must be \[16, 40\]"):
         run(AttributeStage(cfg(few)), sample)
     free = onnx_files.mean_colour_classifier(tmp_path / "free.onnx", ("h", "w"))
     with pytest.raises(ValueError, match="takes pictures of any size; export it"):

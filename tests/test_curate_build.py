@@ -5,6 +5,7 @@ import functools
 import http.server
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -15,12 +16,13 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import SHARED
+from conftest import ROOT, SHARED
 from PIL import Image
 
 pytest.importorskip("apache_beam", reason="curation needs the extra `curate`")
@@ -176,6 +178,7 @@ def test_the_records_are_as_the_manifest_says(built):
         assert stats.image_height.greatest == max(heights)
     assert len(manifest.splits["train"].shards) > 1
     assert manifest.source.startswith("curated from ")
+    assert manifest.counts == counts  # the work folder may go
 
 
 def test_shards_are_in_the_order_of_the_hash_and_about_equal(built):
@@ -437,6 +440,43 @@ def test_killed_at_any_point_it_ends_with_the_same_bytes(photos, built, tmp_path
     assert contents(out) == contents(built[0])
 
 
+@pytest.mark.slow  # two processes start
+def test_a_worker_that_is_killed_ends_the_build_with_a_plain_error(photos, built, tmp_path):
+    out = tmp_path / "data"
+    cfg = config(photos, out)
+    arguments = [f"--config.{name}={value}" for name, value in fields(cfg)]
+    (tmp_path / "config.py").write_text(
+        "from flip_jax.curate.config import CurateConfig\nget_config = CurateConfig\n"
+    )
+    command = [sys.executable, "-m", "flip_jax.curate", "build", "--config", "config.py"]
+    process = subprocess.Popen(
+        [*command, *arguments, "--config.beam.workers=2", "--config.input.chunk_rows=1"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(Path(f"{out}.work").glob("parts/*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(_descendants(process.pid)[-1], signal.SIGKILL)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "error: a worker process ended before its work was done" in told
+    assert "Traceback" not in told.split("error: a worker")[-1]
+    assert not out.exists()
+    build(cfg)
+    assert contents(out) == contents(built[0])
+
+
+def _descendants(process: int) -> list[int]:
+    """Children, of any thread, and theirs; those without any come last."""
+    found = []
+    for file in Path(f"/proc/{process}/task").glob("*/children"):
+        found += [int(number) for number in file.read_text().split()]
+    return found + [each for child in found for each in _descendants(child)]
+
+
 def fields(part, prefix: str = ""):
     """The fields of a config by dotted name, None left out."""
     for item in dataclasses.fields(part):
@@ -485,6 +525,7 @@ class Bucket(LocalFileSystem):
     """Paths bucket://... on the local disk: what opens them as local files fails."""
 
     root = ""
+    opened: ClassVar[list[str]] = []
 
     @classmethod
     def scheme(cls):
@@ -504,6 +545,7 @@ class Bucket(LocalFileSystem):
         return found
 
     def open(self, path, *args, **kwargs):
+        self.opened.append(path)
         return super().open(self._here(path), *args, **kwargs)
 
     def create(self, path, *args, **kwargs):
@@ -518,6 +560,7 @@ class Bucket(LocalFileSystem):
 
 def test_files_may_be_where_beam_can_write(photos, built, tmp_path, monkeypatch):
     monkeypatch.setattr(Bucket, "root", str(tmp_path))
+    monkeypatch.setattr(Bucket, "opened", [])
     monkeypatch.chdir(tmp_path)  # a name taken for a local one would end up here
     shutil.copytree(photos, tmp_path / "photos")
     cfg = config(Path("photos"), Path("data"))
@@ -532,14 +575,46 @@ def test_files_may_be_where_beam_can_write(photos, built, tmp_path, monkeypatch)
     assert found == wanted
     assert load_manifest(tmp_path / "data").splits == load_manifest(built[0]).splits
     assert not list(tmp_path.glob("bucket*"))
+    # Far files are read whole, and not for each record: opening one takes long.
+    parts = [path for path in Bucket.opened if path.endswith(".records")]
+    assert len(parts) == len(set(parts)) > 4
     with pytest.raises(ValueError, match="remove it or choose another one"):
         build(cfg)
 
 
-def test_real_photographs(tmp_path):
+def test_the_default_detector_finds_the_faces_of_a_folder(tmp_path, capsys):
+    """With the config for a folder of photographs, as it is."""
+    (tmp_path / "photos").mkdir()
+    rng, rows = np.random.default_rng(0), []
+    for person in range(10):
+        face = draw_face(seed=0, identity=person, picture=0, size=260)
+        photo = rng.integers(90, 110, (420, 500, 3)).astype(np.uint8)
+        photo[100:360, 120:380] = face.image
+        Image.fromarray(photo).save(tmp_path / f"photos/{person}.png")
+        rows.append(
+            {"file": f"{person}.png", **dict(zip(ATTRIBUTES, face.attributes, strict=True))}
+        )
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "faces.parquet")
+    fields = [f"input.paths={tmp_path}/faces.parquet", f"input.images={tmp_path}/photos"]
+    fields += [f"output.path={tmp_path}/data", "beam.workers=1", "attributes.min_labels=0"]
+    config = str(ROOT / "configs/curate/folder.py")
+    arguments = ["build", "--config", config, *(f"--config.{field}" for field in fields)]
+    assert main(arguments) == 0, capsys.readouterr().err
+    found = [record for each in records(tmp_path / "data").values() for record in each]
+    assert len(found) >= 7
+    for record in found:
+        height, width = decode_image(record.image).shape[:2]
+        assert min(height, width) > 128 and max(height, width) < 420
+        # The face is in the middle of the crop, with a margin around it.
+        x0, y0, x1, y1 = record.box / (width, height, width, height)
+        assert 0.1 < x0 < 0.35 and 0.65 < x1 < 0.9 and 0.1 < y0 < 0.35 and 0.65 < y1 < 0.9
+
+
+@pytest.mark.parametrize("detector", ["whole", "opencv"])
+def test_real_photographs(tmp_path, detector):
     folder = SHARED / "real_faces"
     if not folder.is_dir():
-        pytest.skip("no photographs on this machine")
+        pytest.skip("no photographs on this machine; drawn faces are tested above")
     table = pq.read_table(folder / "attributes.parquet").slice(0, 150)
     pq.write_table(table, tmp_path / "faces.parquet")
     cfg = CurateConfig(
@@ -549,12 +624,13 @@ def test_real_photographs(tmp_path):
             file_column="file",
             group_column="identity",
         ),
-        faces=FacesConfig(detector="whole"),
+        faces=FacesConfig(detector=detector, min_side=100, margin=0.2, max_faces=1),
+        attributes=AttributesConfig(min_labels=0),
         split=SplitConfig(train=0.8, val=0.1, test=0.1),
         output=OutputConfig(path=str(tmp_path / "data")),
     )
     counts = build(cfg)
-    assert counts["faces/out"] == 150
+    assert counts["faces/out"] == 150 if detector == "whole" else counts["faces/out"] > 130
     assert data_main(["verify", str(tmp_path / "data")]) == 0
     for found in records(tmp_path / "data").values():
         assert all(record.captions and record.attributes.min() >= 0 for record in found)

@@ -1,5 +1,7 @@
 """Settings of a build: the files under configs/curate, overrides and what is refused."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -66,3 +68,19 @@ def test_columns_of_a_table_are_for_tables():
     with pytest.raises(ValueError, match=r"input.image_column is for input.kind='table' only"):
         validate(replace(GOOD, input=source))
     validate(replace(GOOD, input=InputConfig(kind="folder", paths="photos")))
+
+
+@pytest.mark.parametrize("missing", ["apache_beam", "aiohttp"])
+def test_without_the_extra(tmp_path, missing):
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        "from flip_jax.curate.__main__ import main; sys.exit(main())"
+    )
+    fields = ["input.paths=a.csv", "input.images=.", f"output.path={tmp_path}/data"]
+    config = str(ROOT / "configs/curate/folder.py")
+    arguments = ["build", "--config", config, *(f"--config.{field}" for field in fields)]
+    run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.startswith(f"error: curation needs {missing}, which is not installed")
+    assert "pip install 'flip_jax[curate]'" in run.stderr
+    assert not any(tmp_path.iterdir())

@@ -81,7 +81,8 @@ def _brute_force(bits: np.ndarray, limit: int) -> set[tuple[int, int]]:
 
 def _linked(pairs: set[tuple[int, int]]) -> set[frozenset[int]]:
     groups: dict[int, set[int]] = {}
-    for node, root in components(pairs).items():
+    edges = np.array(sorted(pairs), np.uint64).reshape(-1, 2)
+    for node, root in zip(*(each.tolist() for each in components(edges)), strict=True):
         groups.setdefault(root, set()).add(node)
     return {frozenset(group) for group in groups.values()}
 
@@ -137,8 +138,11 @@ def test_components_are_what_paths_connect(edges):
         reach[a, b] = reach[b, a] = True
     for _ in range(5):  # paths of length 32
         reach = reach @ reach
-    found = components(edges)
+    far = np.uint64(2**64 - 31)  # nodes are hashes, of which float64 would not keep all bits
+    nodes, smallest = components(np.array(edges, np.uint64).reshape(-1, 2) + far)
+    found = dict(zip((nodes - far).tolist(), (smallest - far).tolist(), strict=True))
     assert found == {node: int(reach[node].argmax()) for node in {n for e in edges for n in e}}
+    assert nodes.dtype == smallest.dtype == np.uint64 and np.all(nodes[1:] > nodes[:-1])
 
 
 def test_splits_have_their_shares_and_depend_on_group_and_seed_only():

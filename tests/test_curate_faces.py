@@ -19,9 +19,6 @@ from flip_jax.data.transforms import decode_image, encode_jpeg, jpeg_size
 
 # Points of the 68 that stand for the five: means of the eyes, tip of the nose, mouth corners.
 FIVE = (range(36, 42), range(42, 48), (30,), (48,), (54,))
-needs_cascade = pytest.mark.skipif(
-    not hasattr(cv2, "CascadeClassifier"), reason="this OpenCV has no cascades"
-)
 
 
 class Told(Detector):
@@ -287,7 +284,6 @@ def test_a_box_beyond_the_picture_has_no_crop():
 # The detector that ships with OpenCV
 
 
-@needs_cascade
 def test_drawn_faces_end_to_end():
     samples = [Sample(str(n), image=encode_jpeg(draw_face(0, n, 0, 256).image)) for n in range(20)]
     kept, tally = run(stage(FacesConfig(min_side=96)), *samples)
@@ -297,7 +293,6 @@ def test_drawn_faces_end_to_end():
     assert all(min(jpeg_size(each.image)) > 96 for each in kept)
 
 
-@needs_cascade
 def test_photographs_end_to_end():
     folder = SHARED / "real_faces" / "images"
     if not folder.is_dir():

@@ -19,7 +19,7 @@ from flip_jax.curate.config import FetchConfig, OptOutConfig
 from flip_jax.curate.fetch import Fetcher, Refused, fetch_chunk, is_public
 from flip_jax.curate.optout import OptOut
 from flip_jax.curate.stages import Place
-from flip_jax.curate.storage import Work, read_range
+from flip_jax.curate.storage import RangeReader, Work
 
 CFG = FetchConfig(
     allow_private=True,
@@ -119,6 +119,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 "vector": {"kind": "image/svg+xml"},
                 "gone": {"status": 404},
                 "closed": {"status": 429, "Retry_After": "3600"},
+                "away": {"status": 429, "Retry_After": "9"},
                 "noai": {"X_Robots_Tag": "noarchive, NoAI"},
                 "noai-ours": {"X_Robots_Tag": "flip_jax: noai"},
                 "noai-other": {"X_Robots_Tag": "otherbot: noai"},
@@ -221,6 +222,16 @@ def test_long_waits_and_dead_statuses_are_not_tried_again(server):
     assert len(server.requests) == 2
 
 
+def test_a_host_that_sends_us_away_does_not_hold_its_other_pictures(server):
+    """Else each of them would wait for as long as it asks."""
+    names = ("away", "ok.jpg", "gone")
+    cfg = replace(CFG, per_host=1, max_wait_seconds=5.0)
+    found = get([f"{server.url}/{name}" for name in names], cfg)
+    assert [reason for reason, _ in found] == ["http status"] * 3
+    assert all("the host said: not for" in detail for _, detail in found[1:])
+    assert [path for _, path, _ in server.requests] == ["/away"]
+
+
 @pytest.mark.parametrize("name", ["slow", "drip"])
 def test_no_host_holds_us_for_ever(server, name):
     limits = {"read_seconds": 0.5} if name == "slow" else {"total_seconds": 0.5}
@@ -309,6 +320,11 @@ def test_the_socket_is_the_last_check(server, monkeypatch):
         ("2002:0a00:0001::1", False),  # 6to4 of 10.0.0.1
         ("64:ff9b::7f00:1", False),  # NAT64 of 127.0.0.1
         ("64:ff9b::808:808", True),
+        ("64:ff9b:1::7f00:1", False),  # NAT64 of a network's own
+        ("::127.0.0.1", False),
+        ("::ffff:0:127.0.0.1", False),
+        ("fec0::1", False),  # site-local
+        ("192.0.0.8", False),
         ("fe80::1%eth0", False),
         ("example.org", False),
     ],
@@ -338,14 +354,32 @@ def test_opted_out_sites_are_not_asked(server, tmp_path):
     assert [path for _, path, _ in server.requests] == ["/moved"]
 
 
+def test_what_a_list_of_urls_means(tmp_path):
+    (tmp_path / "urls").write_text("http://A.test/x?y=Z#top\nhttps://b.test:443/ # b\n")
+    (tmp_path / "domains").write_text("c.test\n")
+    opt_out = OptOut(OptOutConfig(urls=f"{tmp_path}/urls", domains=f"{tmp_path}/domains"))
+    opt_out.load()
+    out = [
+        "https://a.test:443/x?y=Z",
+        "HTTP://a.test/x?y=Z#end",
+        "http://b.test/",
+        "http://d.c.test.",
+    ]
+    assert [opt_out.url_reason(url) for url in out] == ["url"] * 3 + ["domain c.test"]
+    within = ["http://a.test/x?y=z", "http://a.test:8080/x?y=Z", "http://[::1/c.test", "c.test"]
+    assert [opt_out.url_reason(url) for url in within] == [None] * 4
+
+
 def test_a_chunk_is_fetched_once(server, tmp_path):
     work = Work(str(tmp_path / "work"))
     urls = {3: f"{server.url}/ok.jpg", 5: f"{server.url}/gone", 6: f"{server.url}/moved"}
     found = fetch_chunk(work, "key", urls, CFG, OptOut(OptOutConfig()))
     assert found[5] == ("http status", "404")
-    for row in (3, 6):
-        assert isinstance(found[row], Place)
-        assert read_range(*found[row]) == PICTURE
+    with RangeReader() as files:
+        for row in (3, 6):
+            assert isinstance(found[row], Place)
+            assert files.read(*found[row]) == PICTURE
+    assert found[3].offset < found[6].offset  # in the order in which they are read
     asked = len(server.requests)
     assert fetch_chunk(work, "key", urls, CFG, OptOut(OptOutConfig())) == found
     assert len(server.requests) == asked

@@ -285,6 +285,7 @@ def test_a_folder_of_pictures(read, tmp_path):
     (root / "b/c.json").write_text('{"caption": ["one", "two"], "person": 3}')
     (root / "z.json").write_text("not json")
     (root / "notes.md").write_text("no picture")
+    (root / "gone.png").symlink_to(root / "nowhere.png")
     samples, tally, _ = read(
         kind="folder", paths=f"'{root}'", text_column="caption", group_column="person"
     )

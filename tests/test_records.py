@@ -79,12 +79,14 @@ def test_record_round_trip_with_all_fields():
         landmarks=np.random.default_rng(0).random((68, 2), dtype=np.float32),
         mask=b"\x89PNG",
         polylines=join_strokes(lines),
+        drawings=[b"\x89PNG", b"\xff\xd8"],
     )
     for line, stored in zip(lines, decode_record(encode_record(full)).strokes, strict=True):
         np.testing.assert_array_equal(stored, line)
     assert record().strokes == record(polylines=join_strokes([])).strokes == []
     assert_equal(decode_record(encode_record(full)), full)
     assert_equal(decode_record(encode_record(record())), record())
+    assert b"drawings" not in encode_record(record())  # fields without a value take no space
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,9 @@ from flip_jax.curate.config import (
 def get_config() -> CurateConfig:
     return CurateConfig(
         input=InputConfig(kind="table", file_column="file"),
-        # Labels are of one person: the one whose face is found with most certainty.
-        faces=FacesConfig(detector="opencv", max_faces=1),
+        # Labels are of one person: the one with the largest face. OpenCV's boxes leave out hair and
+        # chin, of which the captions speak.
+        faces=FacesConfig(detector="opencv", max_faces=1, margin=0.3),
         attributes=AttributesConfig(labeller="given"),
         split=SplitConfig(train=0.8, val=0.1, test=0.1),
         beam=BeamConfig(workers=2),

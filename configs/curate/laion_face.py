@@ -1,11 +1,12 @@
 """FaceCaption-15M made from LAION-Face: urls in, pairs of face and caption out.
 
 Input are the 32 files laion_face_part_*.parquet that LAION-Face's own script makes, with columns
-SAMPLE_ID, URL, TEXT and LICENSE. Needs a detector and a labeller:
+SAMPLE_ID, URL, TEXT and LICENSE. Needs a detector, and a labeller: a probe that `python -m
+flip_jax.downstream attributes` trained, or with --config.attributes.labeller=onnx a model file:
 
     python -m flip_jax.curate build --config configs/curate/laion_face.py \\
       '--config.input.paths=laion_face_meta/*.parquet' --config.output.path=data/laion_faces \\
-      --config.faces.model=retinaface.onnx --config.attributes.model=labeller.onnx \\
+      --config.faces.model=retinaface.onnx --config.attributes.model=runs/labeller/probe \\
       '--config.fetch.user_agent=my-lab/1.0 (+https://my.lab/crawler)'
 
 The filters are the paper's. Its captions were rewritten by Qwen-7B-Chat: add
@@ -37,7 +38,7 @@ def get_config() -> CurateConfig:
         ),
         fetch=FetchConfig(concurrency=256),
         faces=FacesConfig(detector="onnx", model="retinaface.onnx"),
-        attributes=AttributesConfig(labeller="onnx", model="labeller.onnx"),
+        attributes=AttributesConfig(labeller="probe", model="runs/labeller/probe"),
         captions=CaptionsConfig(count=1),
         # Workers mostly wait for the network: more of them than cores.
         beam=BeamConfig(workers=8),

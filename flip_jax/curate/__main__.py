@@ -1,22 +1,22 @@
-"""`python -m flip_jax.curate build --config FILE [--config.field=value ...]`."""
+"""`python -m flip_jax.curate build --config FILE [--config.field=value ...]`, and `report`, for
+which see `flip_jax.curate.quality.command`."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import sys
+from types import ModuleType
 
 from flip_jax import config
 from flip_jax.curate.config import CurateConfig, validate
+from flip_jax.curate.quality.history import place_of
 
 USAGE = """Any field of the config can be set on the command line, for example
   --config.output.path=data/faces --config.faces.min_side=96 --config.beam.workers=2
-The fields, their defaults and what they mean are in flip_jax/curate/config.py."""
-
-STAGES = (
-    *("input", "fetch", "opt-out", "read", "faces", "attributes", "captions", "rewrite"),
-    *("hashes", "dedupe", "kept"),
-)
+The fields, their defaults and what they mean are in flip_jax/curate/config.py.
+`python -m flip_jax.curate report --help` is about the report on a finished data set."""
 
 
 def parse(argv: list[str]) -> CurateConfig:
@@ -47,27 +47,36 @@ def parse(argv: list[str]) -> CurateConfig:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 after an error the user can mend."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        cfg = parse(sys.argv[1:] if argv is None else argv)
+        if argv[:1] == ["report"]:
+            logging.basicConfig(level=logging.CRITICAL)
+            return _module("flip_jax.curate.quality.command").run(argv[1:])
+        cfg = parse(argv)
         # In this process Beam has nothing to say but what lacks for clouds, and each error twice.
         local = cfg.beam.runner == "DirectRunner"
         logging.basicConfig(level=logging.CRITICAL if local else logging.INFO)
-        # After the command line is known to be good: importing Beam takes seconds.
-        from flip_jax.curate.pipeline import build
-
-        counts = build(cfg)
-    except (ValueError, OSError) as error:
+        counts = _module("flip_jax.curate.pipeline").build(cfg)
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for name, count in sorted(counts.items(), key=lambda item: (_place(item[0]), item[0])):
+    for name, count in sorted(counts.items(), key=lambda item: (place_of(item[0]), item[0])):
         print(f"{count:>12,}  {name}")
     return 0
 
 
-def _place(name: str) -> int:
-    """Of a count's stage in a build."""
-    stage = name.partition("/")[0]
-    return STAGES.index(stage) if stage in STAGES else len(STAGES)
+def _module(name: str) -> ModuleType:
+    """What does the work, once the command line is known to be good: importing Beam takes seconds.
+
+    Raises:
+      ImportError: naming the extra that brings what is missing.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"curation needs {error.name}, which is not installed: pip install 'flip_jax[curate]'"
+        ) from error
 
 
 if __name__ == "__main__":

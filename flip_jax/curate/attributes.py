@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from flip_jax.curate.config import AttributesConfig
-from flip_jax.curate.labeller import Labeller, OnnxLabeller
+from flip_jax.curate.labeller import Labeller, OnnxLabeller, ProbeLabeller
 from flip_jax.curate.stages import Sample, Stage, Tally, fingerprint
 from flip_jax.data.attributes import ATTRIBUTES, UNKNOWN
 from flip_jax.data.transforms import BadImage, decode_image, resize_image
@@ -24,7 +24,7 @@ class AttributeStage(Stage):
       labeller: instead of the one that `cfg` names.
 
     Raises:
-      ValueError: the model file is not there.
+      ValueError: the model is not there.
       ImportError: its library is not installed.
     """
 
@@ -32,7 +32,9 @@ class AttributeStage(Stage):
 
     def __init__(self, cfg: AttributesConfig, labeller: Labeller | None = None):
         super().__init__(cfg)
-        if labeller is None and cfg.labeller == "onnx":
+        if labeller is None and cfg.labeller == "probe":
+            labeller = ProbeLabeller(cfg.model)
+        elif labeller is None and cfg.labeller == "onnx":
             labeller = OnnxLabeller(cfg.model, cfg.model_output, cfg.image_mean, cfg.image_std)
         self.labeller = labeller
 
@@ -45,13 +47,13 @@ class AttributeStage(Stage):
         kept = []
         for sample in labelled:
             labels = sample.attributes
-            known = 0 if labels is None else int(np.sum(labels != UNKNOWN))
-            if known > self.cfg.min_labels:
+            present = 0 if labels is None else int(np.sum(labels == 1))
+            if present > self.cfg.min_labels:
                 kept.append(sample)
             elif labels is None:
                 tally.drop(self.name, sample, "no labels")
             else:
-                tally.drop(self.name, sample, "few labels", f"{known} known")
+                tally.drop(self.name, sample, "few labels", f"{present} present")
         return kept
 
     def _labelled(self, batch: Sequence[Sample], tally: Tally) -> list[Sample]:
@@ -81,7 +83,9 @@ class AttributeStage(Stage):
             samples.append(sample)
         if not samples:
             return []
-        probabilities = self.labeller(np.stack(images))
+        # Always so many at a time: what is said of a picture must not depend on those beside it.
+        images += [images[-1]] * (self.cfg.batch_size - len(images))
+        probabilities = self.labeller(np.stack(images))[: len(samples)]
         labels = labels_from_probabilities(probabilities, self.cfg.min_probability)
         return [
             dataclasses.replace(sample, attributes=row, probabilities=row_probabilities)
@@ -91,7 +95,9 @@ class AttributeStage(Stage):
     def fingerprint(self) -> str:
         cfg = self.cfg
         found = None if self.labeller is None else self.labeller.fingerprint()
-        return fingerprint(self.name, self.version, cfg.min_probability, cfg.min_labels, found)
+        filters = (cfg.min_probability, cfg.min_labels)
+        batch = None if self.labeller is None else cfg.batch_size
+        return fingerprint(self.name, self.version, *filters, batch, found)
 
 
 def labels_from_probabilities(probabilities: np.ndarray, min_probability: float) -> np.ndarray:

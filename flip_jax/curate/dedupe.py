@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from flip_jax.curate.pictures import HASH_SIDE
 
@@ -83,24 +85,19 @@ def _pairs(
         step += 1
 
 
-def components(edges: Iterable[tuple[int, int]]) -> dict[int, int]:
-    """Joins what is linked; returns the smallest member of its component for each node.
+def components(edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Joins what is linked.
 
-    Nodes without an edge are not in it.
+    Args:
+      edges: uint64 [E, 2], nodes.
+
+    Returns:
+      uint64 [M] nodes that have an edge, ascending, and uint64 [M], the smallest of the nodes that
+      each is joined to, itself included.
     """
-    parent: dict[int, int] = {}
-
-    def root(node: int) -> int:
-        path = []
-        while (up := parent.setdefault(node, node)) != node:
-            path.append(node)
-            node = up
-        for each in path:
-            parent[each] = node
-        return node
-
-    for a, b in edges:
-        a, b = root(a), root(b)
-        if a != b:
-            parent[max(a, b)] = min(a, b)
-    return {node: root(node) for node in list(parent)}
+    nodes, ends = np.unique(edges, return_inverse=True)
+    left, right = ends.reshape(-1, 2).T
+    graph = coo_array((np.ones(len(left), bool), (left, right)), (len(nodes), len(nodes)))
+    _, label = connected_components(graph, directed=False)
+    _, first, inverse = np.unique(label, return_index=True, return_inverse=True)
+    return nodes, nodes[first][inverse]

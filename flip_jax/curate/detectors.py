@@ -68,7 +68,7 @@ class CascadeDetector(Detector):
       smallest: pixels; faces with a smaller side are not looked for, which takes most of the time.
 
     Raises:
-      ValueError: an OpenCV without the cascade, such as 5.0.
+      ValueError: an OpenCV without the cascade, such as version 5.
     """
 
     def __init__(self, side: int, smallest: int):
@@ -77,9 +77,9 @@ class CascadeDetector(Detector):
         self.path = str(Path(folder, _CASCADE))
         if not hasattr(cv2, "CascadeClassifier") or not Path(self.path).is_file():
             raise ValueError(
-                "config.faces.detector='opencv' needs the cascades that OpenCV 4 ships, this is "
-                f"OpenCV {cv2.__version__}: pip install 'opencv-python-headless<5', or use a model "
-                "file with config.faces.detector=onnx"
+                "config.faces.detector='opencv' needs the cascades that OpenCV 4 ships; this is "
+                f"OpenCV {cv2.__version__} without them: pip install 'opencv-python-headless<5', "
+                "or use a model file with config.faces.detector=onnx"
             )
         self._cascade: Any = None
 

@@ -66,8 +66,9 @@ def fetch_chunk(
     if not (work.exists(table) and work.exists(pictures)):
         opt_out.load()
         with work.scratch() as folder:
-            with open(folder / "pictures", "wb") as spool:
+            with open(folder / "spool", "w+b") as spool, open(folder / "pictures", "wb") as ordered:
                 rows = asyncio.run(_fetch_all(urls, spool, cfg, opt_out))
+                _put_in_order(rows, spool, ordered)
             pq.write_table(pa.Table.from_pylist(rows, _TABLE), folder / "table")
             work.publish(folder / "pictures", pictures)
             work.publish(folder / "table", table)  # last: with it the chunk is done
@@ -77,6 +78,16 @@ def fetch_chunk(
         else Place(work.path(pictures), row["offset"], row["size"])
         for row in work.table(table).to_pylist()
     }
+
+
+def _put_in_order(rows: list[dict[str, Any]], spool: BinaryIO, ordered: BinaryIO) -> None:
+    """Copies pictures, which came in any order, in that of their rows, in which they are read: a
+    file on a far disk is then read from one end to the other."""
+    for row in rows:
+        if "size" in row:
+            spool.seek(row["offset"])
+            row["offset"] = ordered.tell()
+            ordered.write(spool.read(row["size"]))
 
 
 def forget_chunk(work: Work, key: str) -> None:
@@ -221,7 +232,7 @@ class Fetcher:
                 raise Refused("bad url", str(error)) from error
         if status in _AGAIN:
             wait = retry_after(headers.get("Retry-After", ""))
-            self._hosts[response.url.host].pause(wait)
+            self._hosts[response.url.host].retry_after(wait, self.cfg.max_wait_seconds)
             raise _TryAgain("http status", str(status), wait)
         if status != 200:
             raise Refused("http status", str(status))
@@ -268,6 +279,8 @@ class Fetcher:
             async with host.free:
                 while (wait := host.next_start - time.monotonic()) > 0:
                     await asyncio.sleep(wait)
+                if (wait := host.closed_until - time.monotonic()) > 0:
+                    raise Refused("http status", f"the host said: not for another {wait:.0f} s")
                 host.pause(self.cfg.host_delay_seconds)
                 yield
         finally:
@@ -281,11 +294,20 @@ class _Host:
 
     def __init__(self, at_a_time: int):
         self.free = asyncio.Semaphore(at_a_time)
-        self.next_start = 0.0  # of time.monotonic()
+        self.next_start = 0.0  # of time.monotonic(), as the next
+        self.closed_until = 0.0  # it asked for a longer wait than we are ready for
         self.users = 0  # requests that wait or run
 
     def pause(self, seconds: float) -> None:
         self.next_start = max(self.next_start, time.monotonic() + seconds)
+
+    def retry_after(self, seconds: float, longest: float) -> None:
+        """Stays away for what the host asks for; where that is too long, from all its pictures,
+        lest each of them waits for it."""
+        if seconds <= longest:
+            self.pause(seconds)
+        else:
+            self.closed_until = max(self.closed_until, time.monotonic() + seconds)
 
 
 class _PublicResolver(AbstractResolver):
@@ -323,13 +345,18 @@ def is_public(host: str) -> bool:
         return False
     if not address.is_global or address.is_multicast:
         return False
-    if isinstance(address, ipaddress.IPv6Address):  # may lead on to an IPv4 address
-        if address in _NAT64:
-            return is_public(str(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)))
-        return address.sixtofour is None or is_public(str(address.sixtofour))
-    return True
+    if isinstance(address, ipaddress.IPv4Address):
+        return address not in _PROTOCOLS
+    if address in _NAT64:  # leads on to an IPv4 address, as 6to4 does
+        return is_public(str(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)))
+    if address not in _UNICAST:  # site-local, IPv4 in one of its other disguises
+        return False
+    return address.sixtofour is None or is_public(str(address.sixtofour))
 
 
+# Python counts some of what lies outside of these, and of the first, as global.
+_PROTOCOLS = ipaddress.IPv4Network("192.0.0.0/24")
+_UNICAST = ipaddress.IPv6Network("2000::/3")
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 

@@ -44,27 +44,43 @@ class Links:
     """What ties records together, or leaves them out.
 
     Attributes:
-      dropped: reasons, by place of the part and row.
+      dropped: int64, rows of a part by its place and the reason.
       edges: uint64 [E, 2], nodes of one group.
       names: of the persons among these nodes.
     """
 
-    dropped: dict[tuple[int, int], dict[int, str]]
+    dropped: dict[tuple[int, int], dict[str, np.ndarray]]
     edges: np.ndarray
     names: dict[int, str]
 
 
 @dataclass(frozen=True)
 class Groups:
-    """All links of a build.
+    """All links of a build. Every worker gets them: 16 bytes for each node, not an object.
 
     Attributes:
       dropped: as in `Links`.
-      name: of the group of each node that is not alone.
+      nodes: uint64 [M], those that are not alone, ascending.
+      group: uint64 [M], the node that their group is named after.
+      names: of the persons among these.
     """
 
-    dropped: dict[tuple[int, int], dict[int, str]]
-    name: dict[int, str]
+    dropped: dict[tuple[int, int], dict[str, np.ndarray]]
+    nodes: np.ndarray
+    group: np.ndarray
+    names: dict[int, str]
+
+    def named(self, nodes: np.ndarray) -> list[str | None]:
+        """The names of the groups of uint64 nodes; None where a node is alone."""
+        if not len(self.nodes):
+            return [None] * len(nodes)
+        place = np.minimum(np.searchsorted(self.nodes, nodes), len(self.nodes) - 1)
+        joined = (self.nodes[place] == nodes).tolist()
+        groups = self.group[place].tolist()
+        return [
+            (self.names[group] if group < _PERSONS else f"same:{group:016x}") if found else None
+            for found, group in zip(joined, groups, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -132,10 +148,10 @@ class _Rows:
         for part, here in self.by_part(rows[nodes[rows] < _PERSONS]):
             table = self.work.table(part.table, ["node", "group"]).take(here)
             names.update(zip(*table.to_pydict().values(), strict=True))
-        reasons: dict[tuple[int, int], dict[int, str]] = defaultdict(dict)
+        reasons: dict[tuple[int, int], dict[str, np.ndarray]] = defaultdict(dict)
         for reason, rows in (dropped or {}).items():
             for part, here in self.by_part(rows):
-                reasons[part.place].update(dict.fromkeys(here.tolist(), reason))
+                reasons[part.place][reason] = here
         return Links(dict(reasons), np.unique(nodes[pairs], axis=0), names)
 
 
@@ -162,34 +178,36 @@ def find_near(work: Work, parts: Sequence[Part], cfg: DedupeConfig, bands: Itera
 def join(found: Iterable[Links]) -> Groups:
     """Makes groups of links. A group with persons in it has the name of one of them, the same
     whatever the order of the input; one without is named by a hash."""
-    dropped: dict[tuple[int, int], dict[int, str]] = {}
+    dropped: dict[tuple[int, int], dict[str, np.ndarray]] = {}
     names: dict[int, str] = {}
     edges = [np.zeros((0, 2), np.uint64)]
     for links in found:
         dropped |= links.dropped  # one of them alone has any
         names |= links.names
         edges.append(links.edges)
-    smallest = components(np.unique(np.concatenate(edges), axis=0).tolist())
-    name = {
-        node: names[root] if root < _PERSONS else f"same:{root:016x}"
-        for node, root in smallest.items()
-    }
-    return Groups(dropped, name)
+    nodes, group = components(np.concatenate(edges))
+    persons = np.unique(group[group < _PERSONS]).tolist()
+    return Groups(dropped, nodes, group, {person: names[person] for person in persons})
 
 
 def settle(work: Work, part: Part, groups: Groups, cfg: CurateConfig) -> Settled:
     """Decides on the records of a part, and writes its status file."""
     table = work.table(part.table)
     kept = table.slice(0, part.records).to_pydict()
-    dropped = groups.dropped.get(part.place, {})
+    dropped = {
+        row: reason
+        for reason, rows in groups.dropped.get(part.place, {}).items()
+        for row in rows.tolist()
+    }
+    joined = groups.named(np.array(kept["node"], np.uint64))
     counts: Counter[str] = Counter(
         {f"{STAGE}/dropped: {reason}": 0 for reason in ("repeated id", "equal picture")}
     )
     new_groups, rows, splits, status = {}, [], [], []
     for row in range(part.records):
         group = kept["group"][row] or kept["id"][row]
-        if (joined := groups.name.get(kept["node"][row])) not in (None, group):
-            new_groups[kept["offset"][row]] = group = joined
+        if joined[row] not in (None, group):
+            new_groups[kept["offset"][row]] = group = joined[row]
         reason = dropped.get(row)
         split = None if reason else split_of(group, cfg.split)
         if reason is None:

@@ -156,7 +156,8 @@ def _sample(row: Row, container: str) -> Sample:
 def _stamp(file: str, kind: str) -> list[Any]:
     """What tells that an input file is another one than before."""
     if kind == "folder":
-        return [(str(path), path.stat().st_mtime_ns) for path in sorted(Path(file).rglob("*"))]
+        found = sorted(path for path in Path(file).rglob("*") if path.exists())  # links may dangle
+        return [(str(path), path.stat().st_mtime_ns) for path in found]
     if is_local(file):
         stat = Path(file).stat()
         return [stat.st_size, stat.st_mtime_ns]

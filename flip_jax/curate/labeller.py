@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import os
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from flip_jax.curate.onnx_model import OnnxModel
 from flip_jax.curate.stages import fingerprint
 from flip_jax.data.attributes import ATTRIBUTES
+from flip_jax.data.records import file_sha256
+
+_PROBE = "probe.json"  # says all of a probe, the hash of its arrays included
 
 
 class Labeller(Protocol):
@@ -27,7 +32,8 @@ class Labeller(Protocol):
         """Labels pictures.
 
         Args:
-          images: uint8 [B, size, size, 3] RGB; B may change from call to call.
+          images: uint8 [B, size, size, 3] RGB; B is the same in every call, for the numbers of a
+            picture may depend on it in their last bits.
 
         Returns:
           float32 [B, 40], the probability that an attribute is present, in the order of
@@ -36,6 +42,58 @@ class Labeller(Protocol):
 
     def fingerprint(self) -> str:
         """Identifies what the numbers depend on besides the pictures."""
+
+
+class ProbeLabeller:
+    """The probe that `python -m flip_jax.downstream attributes` leaves in `OUT/probe`.
+
+    Args:
+      folder: of the probe.
+
+    Raises:
+      ValueError: no probe there.
+    """
+
+    def __init__(self, folder: str):
+        self.folder = folder
+        if not Path(folder, _PROBE).is_file():
+            raise ValueError(
+                f"config.attributes.model={folder!r} holds no {_PROBE}; name the folder `probe` of "
+                "a run of `python -m flip_jax.downstream attributes`"
+            )
+        self._probe: Any = None
+
+    def setup(self) -> None:
+        """Loads the probe, once.
+
+        Raises:
+          ValueError: it is damaged, of another version, or of other attributes.
+        """
+        if self._probe is not None:
+            return
+        # Several workers may share a device, of which JAX would take all the memory.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        from flip_jax.downstream.probe import load_probe
+
+        try:
+            probe = load_probe(self.folder)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"config.attributes.model={self.folder!r}: {error}") from error
+        if probe.attributes != ATTRIBUTES:
+            raise ValueError(
+                f"config.attributes.model={self.folder!r} knows {', '.join(probe.attributes)}; it "
+                "must know the 40 attributes of CelebA in their order"
+            )
+        self._probe, self.size = probe, probe.image_size
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        return self._probe.probabilities(images, batch_size=len(images))
+
+    def fingerprint(self) -> str:
+        return fingerprint(file_sha256(Path(self.folder, _PROBE)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_probe": None}
 
 
 class OnnxLabeller:

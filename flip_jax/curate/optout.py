@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 from urllib.parse import urlsplit
 
 from flip_jax.curate.config import OptOutConfig
@@ -47,7 +48,7 @@ class OptOut:
         if _plain_url(url) in self._lists["urls"]:
             return "url"
         domains = self._lists["domains"]
-        labels = (urlsplit(url).hostname or "").strip(".").split(".") if domains else []
+        labels = _host(url).split(".") if domains else []
         for start in range(len(labels)):
             if (domain := ".".join(labels[start:])) in domains:
                 return f"domain {domain}"
@@ -69,17 +70,21 @@ class OptOut:
         return {"cfg": self.cfg, "_lists": {}}
 
 
-class OptOutStage(Stage):
-    """Drops samples whose url is on a list, before anything of them is read: `opted out`."""
+class ListedStage(Stage):
+    """A stage that looks samples up in the lists."""
 
-    name = "opt-out"
-
-    def __init__(self, opt_out: OptOut):
-        super().__init__(opt_out.cfg)
+    def __init__(self, cfg: Any, opt_out: OptOut):
+        super().__init__(cfg)
         self.opt_out = opt_out
 
     def setup(self) -> None:
         self.opt_out.load()
+
+
+class OptOutStage(ListedStage):
+    """Drops samples whose url is on a list, before anything of them is read: `opted out`."""
+
+    name = "opt-out"
 
     def process(self, batch: Sequence[Sample], tally: Tally) -> list[Sample]:
         kept = []
@@ -106,8 +111,18 @@ def _lines(file: str | None) -> list[str]:
     return [line for line in lines if line]
 
 
+def _host(url: str) -> str:
+    """Without the dot that may be at its end; empty where the url has none."""
+    try:
+        return (urlsplit(url).hostname or "").strip(".")
+    except ValueError:  # such as half of an IPv6 address
+        return ""
+
+
 def _plain_url(url: str) -> str:
-    """A url without what does not matter: case of scheme and host."""
-    scheme, colon, rest = url.strip().partition("://")
+    """A url without what does not matter: whether it is http or https, the case of the host, its
+    usual port, and the fragment, which is not sent."""
+    scheme, _, rest = url.strip().partition("#")[0].partition("://")
     host, slash, path = rest.partition("/")
-    return scheme.lower() + colon + host.lower() + slash + path
+    port = {"http": ":80", "https": ":443"}.get(scheme.lower(), "")
+    return host.lower().removesuffix(port) + slash + path

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from flip_jax.curate.groups import SPLITS, Settled
 from flip_jax.curate.parts import Candidate, id_number
 from flip_jax.curate.stages import batched
-from flip_jax.curate.storage import Work, is_local, open_file
+from flip_jax.curate.storage import RangeReader, Work, is_local, open_file
 from flip_jax.data.record_writer import RecordWriter
 from flip_jax.data.records import (
     MANIFEST,
@@ -59,6 +59,7 @@ class Rows:
       part: its key.
       number, offset, size: as in `Settled`.
       groups: new group ids, by offset.
+      data: the one candidate, encoded; None = it is read where it is needed.
     """
 
     part: str
@@ -66,6 +67,11 @@ class Rows:
     offset: np.ndarray
     size: np.ndarray
     groups: dict[int, str]
+    data: bytes | None = None
+
+    @property
+    def file(self) -> str:
+        return f"parts/{self.part}.records"
 
 
 @dataclass(frozen=True)
@@ -109,10 +115,28 @@ def route(settled: Settled, shards: dict[str, int]) -> Iterator[tuple[str, Rows]
             yield f"{split}-{shard:05d}", Rows(settled.part, number, offset, size, groups)
 
 
+def carry(work: Work, shards: Iterable[tuple[str, Rows]]) -> Iterator[tuple[str, Rows]]:
+    """Gives each row of one part its candidate to carry, so that the runner's shuffle moves the
+    records: on a far disk a shard would open every part for a record or two. Reads the part once,
+    from one end to the other."""
+    single = [
+        (int(rows.offset[index]), index, shard, rows)
+        for shard, rows in shards
+        for index in range(len(rows.offset))
+    ]
+    with RangeReader() as files:
+        for offset, index, shard, rows in sorted(single, key=lambda each: each[0]):
+            one = slice(index, index + 1)
+            data = files.read(work.path(rows.file), offset, int(rows.size[index]))
+            groups = {offset: rows.groups[offset]} if offset in rows.groups else {}
+            arrays = (rows.number[one], rows.offset[one], rows.size[one])
+            yield shard, Rows(rows.part, *arrays, groups, data)
+
+
 def write_shard(work: Work, name: str, found: Iterable[Rows]) -> ShardFile:
     """Writes the candidates of a shard in the order of their numbers, or finds it finished."""
     split, _, place = name.rpartition("-")
-    rows = sorted(found, key=lambda each: each.part)
+    rows = sorted(found, key=lambda each: (each.part, each.offset[0]))
     source = np.repeat(np.arange(len(rows)), [len(each.number) for each in rows])
     number, offset, size = (
         np.concatenate([getattr(each, field) for each in rows])
@@ -147,7 +171,8 @@ def _candidates(
     with _Blobs(work) as blobs:
         for index, at, length in zip(source, offset.tolist(), size.tolist(), strict=True):
             part = rows[index]
-            candidate = blobs.read(part.part, at, length)
+            data = blobs.read(part.file, at, length) if part.data is None else part.data
+            candidate = msgspec.msgpack.decode(data, type=Candidate)
             record = decode_record(candidate.record)
             if (group := part.groups.get(at)) is not None:
                 record = msgspec.structs.replace(record, group_id=group)
@@ -176,7 +201,7 @@ def _shard_key(name: str, rows: Sequence[Rows], order: np.ndarray) -> str:
 
 
 class _Blobs(ExitStack):
-    """The candidates of parts, of which a bounded number is open."""
+    """The files of parts, of which a bounded number is open."""
 
     def __init__(self, work: Work):
         super().__init__()
@@ -184,15 +209,15 @@ class _Blobs(ExitStack):
         self._files: OrderedDict[str, BinaryIO] = OrderedDict()
         self.callback(lambda: [file.close() for file in self._files.values()])
 
-    def read(self, part: str, offset: int, size: int) -> Candidate:
-        file = self._files.pop(part, None)
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        file = self._files.pop(name, None)
         if file is None:
-            file = open_file(self.work.path(f"parts/{part}.records"))
+            file = open_file(self.work.path(name))
             if len(self._files) == _OPEN_FILES:
                 self._files.popitem(last=False)[1].close()
-        self._files[part] = file
+        self._files[name] = file
         file.seek(offset)
-        return msgspec.msgpack.decode(file.read(size), type=Candidate)
+        return file.read(size)
 
 
 def check_target(path: str) -> None:
@@ -212,11 +237,13 @@ def check_target(path: str) -> None:
         )
 
 
-def assemble(work: Work, shards: Iterable[ShardFile], source: str, path: str) -> Manifest:
+def assemble(
+    work: Work, shards: Iterable[ShardFile], source: str, counts: dict[str, int], path: str
+) -> Manifest:
     """Makes the data set of finished shards; a local folder appears whole or not at all.
 
     Args:
-      source: for the manifest.
+      source, counts: for the manifest.
       path: the folder to make.
 
     Raises:
@@ -240,7 +267,12 @@ def assemble(work: Work, shards: Iterable[ShardFile], source: str, path: str) ->
     for name, split in splits.items():
         split.groups = len(np.unique(np.concatenate(groups[name])))
     # Splits are made of whole groups.
-    manifest = Manifest(source=source, groups_in_several_splits=0, splits=splits)
+    manifest = Manifest(
+        source=source,
+        groups_in_several_splits=0,
+        splits=splits,
+        counts=dict(sorted(counts.items())),
+    )
     with work.scratch() as folder:
         sources = pq.ParquetWriter(folder / SOURCES, _SOURCES, compression="zstd")
         with sources:

@@ -11,10 +11,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from flip_jax.curate.config import InputConfig
-from flip_jax.curate.optout import OptOut
-from flip_jax.curate.stages import Sample, Stage, Tally, fingerprint
-from flip_jax.curate.storage import read_range
+from flip_jax.curate.optout import ListedStage
+from flip_jax.curate.stages import Sample, Tally, fingerprint
+from flip_jax.curate.storage import RangeReader
 from flip_jax.data.transforms import BadImage, decode_image
 
 HASH_SIDE = 16  # a perceptual hash has HASH_SIDE**2 bits
@@ -27,7 +26,7 @@ _ROWS, _COLUMNS = np.indices((HASH_SIDE, HASH_SIDE))
 _BAND_ORDER = np.argsort(((_ROWS + _COLUMNS) % HASH_SIDE).ravel(), kind="stable")
 
 
-class ReadStage(Stage):
+class ReadStage(ListedStage):
     """Reads the picture file of each sample that has a place, and refuses huge pictures.
 
     Drops: `unreadable file`, `truncated`, `empty`, `opted out`, `not a picture`,
@@ -36,30 +35,24 @@ class ReadStage(Stage):
 
     name = "read"
 
-    def __init__(self, cfg: InputConfig, opt_out: OptOut):
-        super().__init__(cfg)
-        self.opt_out = opt_out
-
-    def setup(self) -> None:
-        self.opt_out.load()
-
     def process(self, batch: Sequence[Sample], tally: Tally) -> list[Sample]:
         kept = []
-        for sample in batch:
-            try:
-                data = self._read(sample)
-                self._check(data)
-            except _Unusable as error:
-                tally.drop(self.name, sample, *error.args)
-            else:
-                kept.append(replace(sample, image=data, place=None))
+        with RangeReader() as files:
+            for sample in batch:
+                try:
+                    data = self._read(sample, files)
+                    self._check(data)
+                except _Unusable as error:
+                    tally.drop(self.name, sample, *error.args)
+                else:
+                    kept.append(replace(sample, image=data, place=None))
         return kept
 
-    def _read(self, sample: Sample) -> bytes:
+    def _read(self, sample: Sample, files: RangeReader) -> bytes:
         if sample.place is None:
             return sample.image
         try:
-            data = read_range(*sample.place)
+            data = files.read(*sample.place)
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             raise _Unusable("unreadable file", str(error)) from error
         if -1 < len(data) < sample.place.size:
@@ -87,20 +80,13 @@ class ReadStage(Stage):
         return fingerprint(self.name, self.version, *parts)
 
 
-class HashStage(Stage):
+class HashStage(ListedStage):
     """Fills `pixel_hash` and `perceptual_hash`; drops crops whose pixels are on the opt-out list.
 
     Drops: `undecodable`, `opted out`.
     """
 
     name = "hashes"
-
-    def __init__(self, opt_out: OptOut):
-        super().__init__(opt_out.cfg)
-        self.opt_out = opt_out
-
-    def setup(self) -> None:
-        self.opt_out.load()
 
     def process(self, batch: Sequence[Sample], tally: Tally) -> list[Sample]:
         kept = []

@@ -1,7 +1,8 @@
 """The build as one Beam pipeline, the same in this process and on a cluster.
 
 What moves between its steps is small: names of finished files in the work folder, and 24 bytes for
-each record. Pictures stay inside one step.
+each record. Pictures stay inside one step, or in files where the work folder is on a disk; where it
+is not (gs://), records travel to their shards by the runner's shuffle.
 
     files -> chunks -> parts -> copies, near duplicates -> groups
                            \\-------------------------------\\-> splits -> shards -> data set
@@ -49,6 +50,7 @@ from flip_jax.curate.output import (
     Rows,
     ShardFile,
     assemble,
+    carry,
     check_target,
     route,
     shard_counts,
@@ -98,7 +100,7 @@ def make_stages(cfg: CurateConfig, work: Work) -> list[Stage]:
 
     opt_out = OptOut(cfg.opt_out)
     stages = [
-        OptOutStage(opt_out),
+        OptOutStage(cfg.opt_out, opt_out),
         ReadStage(cfg.input, opt_out),
         FaceStage(cfg.faces),
         AttributeStage(cfg.attributes),
@@ -108,7 +110,7 @@ def make_stages(cfg: CurateConfig, work: Work) -> list[Stage]:
         from flip_jax.curate.rewrite import RewriteStage
 
         stages.append(RewriteStage(cfg.rewrite, cfg.rewrite.cache or work.path("rewrites")))
-    return [*stages, HashStage(opt_out)]
+    return [*stages, HashStage(cfg.opt_out, opt_out)]
 
 
 def beam_options(cfg: CurateConfig) -> PipelineOptions:
@@ -157,7 +159,7 @@ def _connect(
     sizes = settled | "Sizes" >> beam.FlatMap(_sizes) | "SumSizes" >> beam.CombinePerKey(sum)
     shards = (
         settled
-        | "Route" >> beam.ParDo(Route(cfg), AsDict(sizes))
+        | "Route" >> beam.ParDo(Route(work, cfg), AsDict(sizes))
         | "GroupByShard" >> beam.GroupByKey()
         | "WriteShards" >> beam.ParDo(WriteShards(work))
         | "AllShards" >> beam.combiners.ToList()
@@ -221,11 +223,12 @@ def _sizes(settled: Settled) -> Iterator[tuple[str, int]]:
 
 
 class Route(beam.DoFn):
-    def __init__(self, cfg: CurateConfig):
-        self.shard_bytes = cfg.output.shard_bytes
+    def __init__(self, work: Work, cfg: CurateConfig):
+        self.work, self.shard_bytes = work, cfg.output.shard_bytes
 
     def process(self, settled: Settled, sizes: dict[str, int]) -> Iterator[tuple[str, Rows]]:
-        return route(settled, shard_counts(sizes, self.shard_bytes))
+        shards = route(settled, shard_counts(sizes, self.shard_bytes))
+        return shards if is_local(self.work.root) else carry(self.work, shards)
 
 
 class WriteShards(beam.DoFn):
@@ -249,7 +252,7 @@ class Assemble(beam.DoFn):
         self.work.write(COUNTS, json.dumps(counts, sort_keys=True, indent=1).encode())
         parts = sorted(parts, key=lambda part: part.place)
         source = describe(self.cfg, [part.rows_key for part in parts])
-        assemble(self.work, shards, source, self.cfg.output.path)
+        assemble(self.work, shards, source, counts, self.cfg.output.path)
 
 
 def describe(cfg: CurateConfig, rows_keys: list[str]) -> str:
@@ -270,6 +273,7 @@ def _to_metrics(counts: dict[str, int]) -> None:
         Metrics.counter("curate", name).inc(count)
 
 
+_WORKER_GONE = "Channel closed prematurely"  # Beam's words
 _STEP = " [while running '"  # what Beam adds to the message of an error
 # The last line of a traceback that came from another process.
 _LAST_LINE = re.compile(
@@ -289,6 +293,11 @@ def _plain_errors() -> Iterator[None]:
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(str(error).partition(_STEP)[0]) from error
     except RuntimeError as error:
+        if _WORKER_GONE in str(error):
+            raise OSError(
+                "a worker process ended before its work was done, killed perhaps for want of "
+                "memory; build again, with fewer config.beam.workers if so: what is done stays done"
+            ) from error
         found = _LAST_LINE.findall(str(error))
         if not found:
             raise

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from flip_jax.curate.config import InputConfig
 from flip_jax.curate.rows import Row, row_of, texts_of
-from flip_jax.curate.storage import open_file, read_range
+from flip_jax.curate.storage import open_file
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 _MAX_TEXT = 2**20  # bytes of a .txt or .json file
@@ -84,13 +84,18 @@ def folder_rows(file: str, cfg: InputConfig) -> Iterator[Row]:
         if path.suffix.lower() in _PICTURES and path.is_file():
             name = path.relative_to(root).as_posix()
             beside = {
-                kind: read_range(str(path.with_suffix(kind)), 0, _MAX_TEXT)
+                kind: _head(path.with_suffix(kind))
                 for kind in (".txt", ".json")
                 if path.with_suffix(kind).is_file()
             }
             row = _sidecar_row(name, beside.get(".txt"), beside.get(".json"), cfg)
             # With its size a row changes with the picture.
             yield row | {"path": name, "offset": 0, "size": path.stat().st_size}
+
+
+def _head(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(_MAX_TEXT)
 
 
 def _sidecar_row(id: str, text: bytes | None, data: bytes | None, cfg: InputConfig) -> Row:

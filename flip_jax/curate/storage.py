@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -44,11 +44,28 @@ def read_bytes(path: str) -> bytes:
         return file.read()
 
 
-def read_range(path: str, offset: int, size: int) -> bytes:
-    """Reads `size` bytes from `offset` on; -1 = to the end."""
-    with open_file(path) as file:
-        file.seek(offset)
-        return file.read(size)
+class RangeReader(ExitStack):
+    """Reads parts of files. The last file stays open: parts that follow each other in one file on
+    a far disk come in large pieces, which each `open` would fetch anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._path: str | None = None
+        self._file: BinaryIO | None = None
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        """Reads `size` bytes from `offset` on; -1 = to the end.
+
+        Raises:
+          OSError: the file is not there or cannot be read.
+        """
+        if path != self._path:
+            self.close()
+            self._path = None
+            self._file = self.enter_context(open_file(path))
+            self._path = path
+        self._file.seek(offset)
+        return self._file.read(size)
 
 
 def expand(pattern: str) -> list[str]:
@@ -116,6 +133,8 @@ class Work:
         target = self.path(name)
         if is_local(target):
             Path(target).parent.mkdir(parents=True, exist_ok=True)
+            with open(file, "rb") as written:  # or a crash of the machine leaves an empty file
+                os.fsync(written.fileno())
             os.replace(file, target)
             return
         with open(file, "rb") as source, FileSystems.create(target, **_RAW) as sink:

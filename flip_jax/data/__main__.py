@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from flip_jax.config import DataConfig, DrawnConfig
 from flip_jax.data import transforms
 from flip_jax.data.published import write_published
-from flip_jax.data.readers import RECORD_READERS
+from flip_jax.data.readers import READERS
 from flip_jax.data.records import BadRecord, RecordSource, load_manifest
 from flip_jax.data.sources import BuildConfig, build, write_drawn
 
@@ -85,7 +85,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
 
 def _add_read(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("name", choices=RECORD_READERS, metavar="NAME", help=", ".join(RECORD_READERS))
+    add("name", choices=READERS, metavar="NAME", help=", ".join(READERS))
     add("--root", type=Path, required=True, help="folder of the unpacked data set")
     add("--out", type=Path, required=True)
     add("--overwrite", action="store_true")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 
@@ -11,13 +12,13 @@ import numpy as np
 from tqdm import tqdm
 
 from flip_jax.data.attributes import ATTRIBUTES, UNKNOWN
-from flip_jax.data.readers import RECORD_READERS
-from flip_jax.data.readers.reader import Reader
-from flip_jax.data.readers.samples import LandmarkSample, ParsingSample
+from flip_jax.data.readers import READERS
+from flip_jax.data.readers.reader import Reader, grammar_captions
+from flip_jax.data.readers.samples import LandmarkSample, ParsingSample, SketchPair
 from flip_jax.data.record_build import BuildReport, Finished, Rejected, write_records
 from flip_jax.data.record_writer import RecordWriter
 from flip_jax.data.records import Record, file_sha256
-from flip_jax.data.transforms import BadImage, jpeg_size, prepare_image
+from flip_jax.data.transforms import BadImage, decode_image, jpeg_size, prepare_image
 
 _QUALITY = 95  # of pictures that are no baseline JPEG and are encoded again
 
@@ -38,7 +39,7 @@ def write_published(
     files are missing or damaged is rejected and named.
 
     Args:
-      name: of `RECORD_READERS`.
+      name: of `READERS`.
       root: folder of the unpacked data set.
       out_dir: the data set to make.
       captions: to draw per picture by the grammar, where the data set has labels and no captions.
@@ -51,20 +52,20 @@ def write_published(
       OSError: a table is missing, or a folder cannot be read or written.
       ImportError: the data set needs an extra that is not installed.
     """
-    if name not in RECORD_READERS:
-        raise ValueError(
-            f"data set {name!r} cannot be written as records; allowed: {', '.join(RECORD_READERS)}"
-        )
-    reader = RECORD_READERS[name]
+    if name not in READERS:
+        raise ValueError(f"data set {name!r} is not known; allowed: {', '.join(READERS)}")
+    reader = READERS[name]
     options = {"captions": captions} if reader.DRAWS_CAPTIONS else {}
     splits = [reader(root, split, **options) for split in reader.SPLITS]
     tables = dict.fromkeys(path for split in splits for path in split.tables)
     source = [f"{path.name} sha256 {file_sha256(path)[:16]}" for path in tables]
-    source += [f"{option}={value}" for option, value in options.items()]
+    if reader.DRAWS_CAPTIONS or reader.SAMPLE is SketchPair:
+        source.append(f"captions={captions}")
+    finish = functools.partial(_finish, captions=captions)
     report = BuildReport()
     with RecordWriter(out_dir, "; ".join([name, *source]), overwrite=overwrite) as writer:
         drafts = tqdm(_drafts(splits), name, sum(map(len, splits)), disable=None)
-        write_records(writer, report, iter(drafts), _finish, threads)
+        write_records(writer, report, iter(drafts), finish, threads)
         report.check(max_bad_fraction)
     return report
 
@@ -75,7 +76,7 @@ def _drafts(splits: list[Reader]) -> Iterator[tuple[Reader, int]]:
             yield split, index
 
 
-def _finish(draft: tuple[Reader, int]) -> Finished:
+def _finish(draft: tuple[Reader, int], captions: int) -> Finished:
     reader, index = draft
     try:
         sample = reader[index]
@@ -83,11 +84,31 @@ def _finish(draft: tuple[Reader, int]) -> Finished:
         raise Rejected("unreadable file", str(error)) from error
     except ValueError as error:
         raise Rejected("damaged file", str(error)) from error
+    is_pair = isinstance(sample, SketchPair)
     try:
-        image, encoded_again = prepare_image(sample.image, None, _QUALITY)
+        photo = sample.photo if is_pair else sample.image
+        image, encoded_again = prepare_image(photo, None, _QUALITY)
+        for drawing in _drawings(sample) if is_pair else ():
+            decode_image(drawing)
     except BadImage as error:
         raise Rejected("undecodable picture", f"{sample.id}: {error}") from error
-    return Finished(reader.split, _record(sample, image), encoded_again)
+    record = _pair_record(sample, image, captions) if is_pair else _record(sample, image)
+    return Finished(reader.split, record, encoded_again)
+
+
+def _drawings(pair: SketchPair) -> list[bytes]:
+    return [*pair.steps] or [pair.sketch]
+
+
+def _pair_record(pair: SketchPair, image: bytes, captions: int) -> Record:
+    return Record(
+        id=pair.id,
+        group_id=pair.group_id,
+        image=image,
+        captions=grammar_captions(pair.attributes, pair.id, captions),
+        attributes=pair.attributes,
+        drawings=_drawings(pair),
+    )
 
 
 def _record(sample: Record | ParsingSample | LandmarkSample, image: bytes) -> Record:

@@ -46,6 +46,8 @@ class Record(msgspec.Struct, kw_only=True, frozen=True, eq=False, omit_defaults=
       mask: a PNG file of class numbers, one per pixel.
       polylines: the lines of a sketch in one array, float32 [N, 3], (x, y, number of the line),
         see `join_strokes`; one array, because dozens of small ones make reading slow.
+      drawings: a sketch of pixels as it grows, picture files, the last one complete; a single one
+        where the steps are not known, none where there is no such sketch.
     """
 
     id: str
@@ -57,6 +59,7 @@ class Record(msgspec.Struct, kw_only=True, frozen=True, eq=False, omit_defaults=
     landmarks: np.ndarray | None = None
     mask: bytes | None = None
     polylines: np.ndarray | None = None
+    drawings: list[bytes] = msgspec.field(default_factory=list)
 
     @property
     def strokes(self) -> list[np.ndarray]:
@@ -180,6 +183,8 @@ class Manifest(msgspec.Struct, kw_only=True):
     source: str
     groups_in_several_splits: int  # above 0 where test people were trained on
     splits: dict[str, Split]
+    # Of a curation: how many samples each stage saw and dropped, and why, as `stage/name`.
+    counts: dict[str, int] = msgspec.field(default_factory=dict)
 
 
 class _Version(msgspec.Struct):

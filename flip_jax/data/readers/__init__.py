@@ -14,7 +14,6 @@ from flip_jax.data.readers.fs2k import Fs2k, Fs2kSde1, Fs2kSde2
 from flip_jax.data.readers.lapa import Lapa
 from flip_jax.data.readers.lfw import Lfw, Lfwa
 from flip_jax.data.readers.reader import Reader
-from flip_jax.data.readers.samples import SketchPair
 from flip_jax.data.readers.wflw import Wflw
 
 READERS: dict[str, type[Reader]] = {
@@ -37,8 +36,4 @@ READERS: dict[str, type[Reader]] = {
         Fs2kSde1,
         Fs2kSde2,
     )
-}
-# A record has no place for the pixels of a sketch.
-RECORD_READERS = {
-    name: reader for name, reader in READERS.items() if reader.SAMPLE is not SketchPair
 }
