@@ -264,7 +264,9 @@ def rows(number: int, folder: Path) -> dict[str, Any]:
         out = folder / f"out-{count}"
         whole = FacesConfig(detector="whole", min_side=8)
         cfg = config(table, out, whole, image_column="image", id_column="id")
-        found[str(count)] = run(replace(cfg, captions=CaptionsConfig(count=1)))
+        # As many records in a shard as there are of whole crops in one of the usual size.
+        output = replace(cfg.output, shard_bytes=8 * 2**20)
+        found[str(count)] = run(replace(cfg, captions=CaptionsConfig(count=1), output=output))
         found[str(count)]["rows_per_cpu_second"] = round(count / found[str(count)]["cpu_s"])
         print(f"{count:,} rows: {json.dumps(found[str(count)])}", flush=True)
     return {"rows": found}

@@ -165,6 +165,19 @@ def test_a_sound_set_gives_no_leak(tmp_path):
     assert told["groups"]["in_several_splits"] == told["copies"]["equal_files"] == 0
 
 
+def test_near_duplicates_of_the_sample(tmp_path):
+    pictures = {"a": (1, "p"), "b": (1, "p"), "c": (2, "q"), "d": (2, "r"), "e": (2, "s")}
+    pictures["f"] = (3, "t")
+    records = [record(name, group, n, ["A face."]) for name, (n, group) in pictures.items()]
+    copies = collect(
+        write(tmp_path / "data", [("train", each) for each in records]), ReportConfig()
+    ).told["copies"]
+    # Of equal hashes each is paired with the first.
+    assert copies["near_pairs_in_sample"] == 3
+    assert copies["near_pairs_of_different_groups"] == 2
+    assert copies["near_pairs_across_splits"] == 0
+
+
 def test_the_files(report):
     told, out = report
     # No counts of a build, and too few pictures for the sheet by quality.
@@ -194,14 +207,15 @@ def test_the_same_bytes_whatever_the_threads_and_shards(data, report, tmp_path, 
 
 def test_the_sample_does_not_depend_on_the_order(tmp_path):
     records = faces()
-    chosen = []
+    chosen, curves = [], []
     for name, order in (("one", records), ("other", records[::-1])):
         folder = write(tmp_path / name, order)
         sources = {split: RecordSource(folder, split) for split in ("test", "train")}
         found = survey(sources, 5)
         chosen.append([sources[split][number].id for split, number in found.sample])
-    assert chosen[0] == chosen[1]
-    assert len(set(chosen[0])) == 5
+        curves.append(found.words.summary()["distinct_4grams"])
+    assert chosen[0] == chosen[1] and curves[0] == curves[1]
+    assert len(set(chosen[0])) == 5 and curves[0][0] < curves[0][-1]
 
 
 def test_no_sheets_no_faces(data, tmp_path):
@@ -335,7 +349,8 @@ def test_after_a_build(tmp_path):
         Image.fromarray(face.image).save(tmp_path / "photos" / f"{number}.png")
         labels = dict(zip(ATTRIBUTES, face.attributes.tolist(), strict=True))
         rows.append({"file": f"{number}.png", "who": f"p{number // 2}", **labels})
-    rows.append({**rows[0], "file": "gone.png"})
+    shutil.copy(tmp_path / "photos" / "7.png", tmp_path / "photos" / "same.png")
+    rows += [{**rows[0], "file": "gone.png"}, {**rows[7], "file": "same.png"}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "faces.parquet")
     cfg = CurateConfig(
         input=InputConfig(
@@ -352,16 +367,17 @@ def test_after_a_build(tmp_path):
     build(cfg)
     told = write_report(tmp_path / "data", tmp_path / "out", ReportConfig())
     stages = {stage["name"]: stage for stage in told["stages"]}
-    assert stages["input"]["went_in"] == 9
+    assert stages["input"]["went_in"] == 10
+    assert stages["dedupe"]["dropped"]["equal picture"] == 1
     assert stages["read"]["dropped"]["unreadable file"] == 1
     assert stages["kept"]["went_out"] == 8
-    assert stages["captions"]["other"] == {"made by grammar": 40}
+    assert stages["captions"]["other"] == {"made by grammar": 45}
     flow = [(stage["went_in"], stage["went_out"]) for stage in told["stages"]]
     assert all(out == later for (_, out), (later, _) in pairwise(flow))
     assert told["sources"]["columns"]["licence"]["most_frequent"] == [["cc0", 8]]
     assert not [text for text in told["warnings"] if "licence" in text or "LEAK" in text]
     card = (tmp_path / "out" / "report.md").read_text()
-    assert "9 rows, 8 faces, 8 with labels, 8 kept" in card
+    assert "10 rows, 9 faces, 9 with labels, 8 kept" in card
 
 
 PAGE = ROOT / "docs" / "quality.md"

@@ -168,6 +168,7 @@ def test_every_attribute_is_of_one_kind():
 
 
 def test_stages_are_those_of_the_pipeline():
+    from flip_jax.curate import fetch, groups, inputs
     from flip_jax.curate.config import CurateConfig
     from flip_jax.curate.pipeline import COUNTS, make_stages
     from flip_jax.curate.quality import history
@@ -175,6 +176,7 @@ def test_stages_are_those_of_the_pipeline():
 
     names = [stage.name for stage in make_stages(CurateConfig(), Work("nowhere"))]
     assert [name for name in STAGES if name in names] == names
+    assert STAGES[:2] == (inputs.INPUT, fetch.STAGE) and STAGES[-2:] == (groups.STAGE, groups.KEPT)
     assert place_of("faces/in") < place_of("dedupe/dropped: equal picture") < place_of("other/x")
     assert history.COUNTS == COUNTS
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import numpy as np
@@ -169,7 +170,8 @@ def test_recorded_scores(recorded):
         evaluator, _ = evaluate(cfg, params, gallery, first_token=first)
         image, text, ids, mask = evaluator._embed(params)
         np.testing.assert_allclose(image @ text.T, io["out/sims_i2t"], rtol=0, atol=5e-6)
-        t2i, i2t = evaluator._pair_logits(params, ids, mask, every_image, every_text)
+        score = partial(evaluator._score, params, ids, mask)
+        t2i, i2t = retrieval.score_tops(score, every_image, every_text)
         expected = io[f"out/itm_logit1_all_pairs_{first}"]
         np.testing.assert_allclose(i2t, expected, rtol=0, atol=1e-5)
         np.testing.assert_array_equal(t2i.T, i2t)

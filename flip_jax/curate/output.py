@@ -36,6 +36,7 @@ from flip_jax.data.records import (
 
 SOURCES = "sources.parquet"
 _SOURCES_AT_A_TIME = 1000
+_ROWS_TOGETHER = 50  # of these, in a row group of the data set's table
 _OPEN_FILES = 128
 
 _SOURCES = pa.schema(
@@ -159,9 +160,18 @@ def write_shard(work: Work, name: str, found: Iterable[Rows]) -> ShardFile:
             work.publish(folder / "data" / shard.file, f"shards/{key}.array_record")
             work.publish(folder / "sources", f"shards/{key}.sources")
             work.write(f"shards/{key}.json", msgspec.json.encode(statistics))
-    groups = work.table(f"shards/{key}.sources", ["group_id"])["group_id"].unique().to_pylist()
-    numbers = np.array([id_number(group) for group in groups], np.uint64)
+    groups = [np.zeros(0, np.uint64)]
+    for batch in _sources(work, key, ["group_id"]):
+        names = batch["group_id"].unique().to_pylist()
+        groups.append(np.array([id_number(name) for name in names], np.uint64))
+    numbers = np.unique(np.concatenate(groups))
     return ShardFile(split, int(place), key, work.read(f"shards/{key}.json"), numbers)
+
+
+def _sources(work: Work, key: str, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """The source table of a finished shard, in pieces."""
+    with open_file(work.path(f"shards/{key}.sources")) as file:
+        yield from pq.ParquetFile(file).iter_batches(_SOURCES_AT_A_TIME, columns=columns)
 
 
 def _candidates(
@@ -277,7 +287,8 @@ def assemble(
         sources = pq.ParquetWriter(folder / SOURCES, _SOURCES, compression="zstd")
         with sources:
             for shard in shards:
-                sources.write_table(work.table(f"shards/{shard.key}.sources"))
+                for batches in batched(_sources(work, shard.key), _ROWS_TOGETHER):
+                    sources.write_table(pa.Table.from_batches(batches))
         text = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
         (folder / MANIFEST).write_bytes(text)
         place = _place_locally if is_local(path) else _place_remotely

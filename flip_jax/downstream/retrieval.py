@@ -8,8 +8,9 @@ reference leaves them to an unstable sort.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,6 +28,10 @@ DIRECTIONS = ("t2i", "i2t")  # text to image, image to text
 SHOWN = 5  # images kept per text for the picture
 _QUERY_BLOCK = 1024
 _PAIRS_PER_IMAGE = 8  # pairs in one call of the fused text tower, per image of the block
+
+# (image numbers [P], text numbers [P], both int64, by image and then text, no pair twice) -> ITM
+# logits of class 1, float32 [P].
+ScorePairs = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def cosine_ranks(similarity: np.ndarray, relevant: np.ndarray) -> np.ndarray:
@@ -156,6 +161,63 @@ class Retrieval:
         return "\n".join(lines)
 
 
+def rank_gallery(
+    image_embed: np.ndarray,
+    text_embed: np.ndarray,
+    image_of: np.ndarray,
+    captions: int,
+    k: int,
+    score: ScorePairs,
+) -> Retrieval:
+    """Rank all pairs of a gallery by cosine, and the best k of each query by ITM.
+
+    Args:
+      image_embed: float32 [images, E]; text_embed: float32 [texts, E]; unit norm.
+      image_of: int [texts], the image a text belongs to.
+      captions: at most so many per image, for the record.
+      k: candidates to re-rank, at most as many as images and texts; 0 = off.
+      score: of the pairs that this takes; called once, if `k` is not 0.
+    """
+    own = np.arange(len(image_embed))
+    shown = min(max(k, SHOWN), len(image_embed))
+    # Hosts with different processors may round differently, and must agree on the pairs.
+    t2i = distributed.of_main(search(text_embed, image_embed, image_of, own, shown))
+    i2t = distributed.of_main(search(image_embed, text_embed, own, image_of, max(k, 1)))
+    ranks = {"cosine": {"t2i": t2i["rank"], "i2t": i2t["rank"]}}
+    top_images = t2i["top"]
+    if k:
+        t2i = {n: v if v.ndim == 1 else v[:, :k] for n, v in t2i.items()}
+        logits = score_tops(score, t2i["top"], i2t["top"])
+        t2i_ranks, reordered = rerank(t2i, logits[0])
+        top_images = np.concatenate([reordered, top_images[:, k:]], axis=1)
+        ranks["reranked"] = {"t2i": t2i_ranks, "i2t": rerank(i2t, logits[1])[0]}
+    return Retrieval(
+        ranks=ranks,
+        top_images=top_images[:, :SHOWN],
+        image_of=image_of,
+        images=len(image_embed),
+        captions=captions,
+        k=k,
+    )
+
+
+def score_tops(
+    score: ScorePairs, top_images: np.ndarray, top_texts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """ITM logits of class 1: float32 [texts, k] for `top_images`, [images, k] for `top_texts`.
+
+    A pair that both directions want is scored once.
+    """
+    texts, images = len(top_images), len(top_texts)
+    t2i = top_images * texts + np.arange(texts)[:, None]
+    i2t = np.arange(images)[:, None] * texts + top_texts
+    pairs, where = np.unique(np.concatenate([t2i.ravel(), i2t.ravel()]), return_inverse=True)
+    logits = score(*np.divmod(pairs, texts))
+    return logits[where[: t2i.size]].reshape(t2i.shape), logits[where[t2i.size :]].reshape(
+        i2t.shape
+    )
+
+
 def _hit_chance(total: int, own: np.ndarray, k: int) -> np.ndarray:
     """Chance that `k` of `total` candidates hold one of `own`, drawn without replacement."""
     miss = np.ones(len(own))
@@ -219,28 +281,11 @@ class RetrievalEvaluator:
 
     def __call__(self, params: flip.Params) -> Retrieval:
         """Encode the gallery, rank, re-rank."""
-        image_embed, text_embed, token_ids, token_mask = self._embed(params)
-        image_of, own = self.gallery.image_of, np.arange(len(image_embed))
-        k = self.cfg.eval.rerank
-        shown = min(max(k, SHOWN), len(image_embed))
-        # Hosts with different processors may round differently, and must agree on the pairs.
-        t2i = distributed.of_main(search(text_embed, image_embed, image_of, own, shown))
-        i2t = distributed.of_main(search(image_embed, text_embed, own, image_of, max(k, 1)))
-        ranks = {"cosine": {"t2i": t2i["rank"], "i2t": i2t["rank"]}}
-        top_images = t2i["top"]
-        if k:
-            t2i = {n: v if v.ndim == 1 else v[:, :k] for n, v in t2i.items()}
-            logits = self._pair_logits(params, token_ids, token_mask, t2i["top"], i2t["top"])
-            t2i_ranks, reordered = rerank(t2i, logits[0])
-            top_images = np.concatenate([reordered, top_images[:, k:]], axis=1)
-            ranks["reranked"] = {"t2i": t2i_ranks, "i2t": rerank(i2t, logits[1])[0]}
-        return Retrieval(
-            ranks=ranks,
-            top_images=top_images[:, :SHOWN],
-            image_of=image_of,
-            images=len(image_embed),
-            captions=self.gallery.captions,
-            k=k,
+        *embeds, token_ids, token_mask = self._embed(params)
+        score = partial(self._score, params, token_ids, token_mask)
+        gallery = self.gallery
+        return rank_gallery(
+            *embeds, gallery.image_of, gallery.captions, self.cfg.eval.rerank, score
         )
 
     def _embed(self, params: flip.Params) -> tuple[np.ndarray, ...]:
@@ -257,44 +302,73 @@ class RetrievalEvaluator:
         parts = [np.concatenate(part)[: self.gallery.texts] for part in zip(*texts, strict=True)]
         return np.concatenate(images)[: self.gallery.images], *parts
 
-    def _pair_logits(
+    def _score(
         self,
         params: flip.Params,
         token_ids: np.ndarray,
         token_mask: np.ndarray,
-        top_images: np.ndarray,
-        top_texts: np.ndarray,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """ITM logits of class 1: float32 [texts, k] for `top_images`, [images, k] for `top_texts`.
-
-        Pairs are visited image block by image block, so that the tokens of an image, and the
-        cross-attention keys and values made of them, serve all of its pairs; a pair that both
-        directions want is scored once.
-        """
-        texts, images, size = len(token_ids), self.gallery.images, self.cfg.eval.batch_size
-        t2i = top_images * texts + np.arange(texts)[:, None]
-        i2t = np.arange(images)[:, None] * texts + top_texts
-        pairs, where = np.unique(np.concatenate([t2i.ravel(), i2t.ravel()]), return_inverse=True)
-        pair_image, pair_text = np.divmod(pairs, texts)
-        logits = np.empty(len(pairs), np.float32)
-        host, hosts = partition.host_slice(self.mesh)
-        for block, batch in enumerate(self.gallery.image_batches(size)):
-            (image,) = self._put(batch, "image")
-            tokens, _ = self._encode_image(params, image)
-            first, last = np.searchsorted(pair_image, [block * size, (block + 1) * size])
-            for rows, count in _padded_chunks(first, last, size * _PAIRS_PER_IMAGE):
-                own = np.split(rows, hosts)[host]
-                call = {
-                    "token_ids": token_ids[pair_text[own]],
-                    "token_mask": token_mask[pair_text[own]],
-                    "image_index": (pair_image[own] - block * size).astype(np.int32),
-                }
-                ids, mask, index = self._put(call, "token_ids", "token_mask", "image_index")
-                values = self._match(params, ids, mask, tokens, index)
-                logits[rows[:count]] = np.asarray(values)[:count]
-        return logits[where[: t2i.size]].reshape(t2i.shape), logits[where[t2i.size :]].reshape(
-            i2t.shape
+        pair_image: np.ndarray,
+        pair_text: np.ndarray,
+    ) -> np.ndarray:
+        """See `ScorePairs`."""
+        logits = np.empty(len(pair_image), np.float32)
+        visited = visit_pairs(
+            self.gallery,
+            (token_ids, token_mask),
+            (pair_image, pair_text),
+            encode=lambda image: self._encode_image(params, image)[0],
+            match=partial(self._match, params),
+            size=self.cfg.eval.batch_size,
+            mesh=self.mesh,
         )
+        for rows, values in visited:
+            logits[rows] = values
+        return logits
+
+
+def visit_pairs(
+    gallery: Any,
+    texts: tuple[np.ndarray, np.ndarray],
+    pairs: tuple[np.ndarray, np.ndarray],
+    *,
+    encode: Callable[[jax.Array], jax.Array],
+    match: Callable[..., jax.Array],
+    size: int,
+    mesh: Mesh,
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Looks at pairs image block by image block, so that the tokens of an image, and the
+    cross-attention keys and values made of them, serve all of its pairs.
+
+    Args:
+      gallery: `image_batches(size)` gives the images in order.
+      texts: token ids int32 [texts, S] and mask bool [texts, S].
+      pairs: image numbers [P], ascending, and text numbers [P].
+      encode: uint8 [size, S, S, 3] -> image tokens.
+      match: (token ids [R, S], mask [R, S], image tokens of the block, int32 [R] which of them) ->
+        [R, ...], one row of each text and its image, the same on all devices.
+      size: images of a block; a multiple of the devices.
+
+    Yields:
+      (rows of `pairs`, their values), until all rows were there.
+    """
+    token_ids, token_mask = texts
+    pair_image, pair_text = pairs
+    host, hosts = partition.host_slice(mesh)
+    for block, batch in enumerate(gallery.image_batches(size)):
+        first, last = np.searchsorted(pair_image, [block * size, (block + 1) * size])
+        if first == last:
+            continue
+        tokens = encode(partition.to_global({"image": batch["image"]}, mesh)["image"])
+        for rows, count in _padded_chunks(first, last, size * _PAIRS_PER_IMAGE):
+            own = np.split(rows, hosts)[host]
+            call = {
+                "token_ids": token_ids[pair_text[own]],
+                "token_mask": token_mask[pair_text[own]],
+                "image_index": (pair_image[own] - block * size).astype(np.int32),
+            }
+            call = partition.to_global(call, mesh)
+            values = match(call["token_ids"], call["token_mask"], tokens, call["image_index"])
+            yield slice(rows[0], rows[0] + count), np.asarray(values)[:count]
 
 
 def _padded_chunks(first: int, last: int, size: int) -> Iterator[tuple[np.ndarray, int]]:

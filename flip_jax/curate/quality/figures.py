@@ -59,7 +59,7 @@ def _plain(axis: Axes, title: str, xlabel: str = "", ylabel: str = "") -> None:
 
 
 def _percent(share: float, _: int = 0) -> str:
-    return f"{100 * share:.3g} %"
+    return f"{100 * share:.3g} %" if share <= 1 else ""
 
 
 def _legend(axis: Axes, place: str = "best", columns: int = 1) -> None:
@@ -77,7 +77,7 @@ def _histogram(axis: Axes, edges: np.ndarray, counts: np.ndarray) -> None:
     axis.bar(
         edges[:-1], shares, np.diff(edges), align="edge", color=_BLUE, edgecolor="white", lw=0.4
     )
-    axis.set_ylim(0, 1.2 * shares.max())  # room for a legend
+    axis.set_ylim(0, 1.35 * shares.max())  # room for a legend
     axis.yaxis.set_major_formatter(_percent)
 
 

@@ -1,0 +1,186 @@
+"""Faces with sketches that grow, and which sketch is to find which photo."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from typing import Any
+
+import cv2
+import numpy as np
+
+from flip_jax.data.records import Record
+from flip_jax.data.sketch_strokes import grow_raster, grow_strokes
+from flip_jax.data.transforms import BadImage, decode_image, jpeg_size, resize_image
+from flip_jax.downstream.face_data import DataLacks
+from flip_jax.downstream.faces import Faces
+
+# Whose sketch finds a photo: that of the very photo, or of another picture of the person.
+SUBJECTS = ("photo", "other")
+_ADVICE = (
+    "SLFIR needs records with a sketch and a caption: drawn faces (`python -m flip_jax.data draw`) "
+    "or pairs of FS2K (`python -m flip_jax.data read fs2k`)"
+)
+
+
+class SketchFaces:
+    """The faces of a split that have a sketch and a caption. N faces, T steps, S pixels.
+
+    Attributes:
+      faces: their pictures.
+      steps: T, pictures of every sketch, from the first lines to the complete one.
+      left_out: faces without a sketch or a caption.
+      origins: how many sketches are of which kind: `strokes` (lines in their own order), `steps`
+        (published step by step), `raster` (one picture, revealed in a made-up order, see
+        `flip_jax.data.sketch_strokes`).
+    """
+
+    def __init__(self, faces: Faces, steps: int, per_person: int | None = None):
+        """Looks at every record once.
+
+        Args:
+          steps: T, 1 or more.
+          per_person: at most so many usable pictures of each person, the first ones; None = all.
+
+        Raises:
+          DataLacks: no face has a sketch and a caption.
+        """
+        rows, origins, self.left_out = [], [], 0
+        taken = np.zeros(int(faces.groups.max()) + 1, int)
+        for row, person in enumerate(faces.groups.tolist()):
+            if per_person is not None and taken[person] == per_person:
+                continue
+            origin = _origin(faces.record(row)) if faces.captions[row] else None
+            if origin is None:
+                self.left_out += 1
+                continue
+            taken[person] += 1
+            rows.append(row)
+            origins.append(origin)
+        if not rows:
+            raise DataLacks(
+                f"{faces.source.path}, split {faces.source.split!r}: none of {len(faces)} records "
+                f"has a sketch and a caption. {_ADVICE}"
+            )
+        self.faces, self.steps = faces.take(np.array(rows)), steps
+        self.origins = {name: origins.count(name) for name in sorted(set(origins))}
+
+    def __len__(self) -> int:
+        return len(self.faces)
+
+    def grown(self, row: int) -> np.ndarray:
+        """Sketch `row` at all its steps, uint8 [T, S, S, 3]; the last one is complete.
+
+        Raises:
+          ValueError: the stored sketch cannot be decoded or is blank; names the record.
+        """
+        record, side = self.faces.record(row), self.faces.image_size
+        try:
+            pictures = _grow(record, self.steps, side)
+        except ValueError as error:
+            raise ValueError(f"sketch of {record.id}: {error}") from error
+        return np.stack([_squash(picture, side) for picture in pictures])
+
+    def all_steps(self) -> np.ndarray:
+        """1..T for every sketch: int32 [N, T]."""
+        return np.tile(np.arange(1, self.steps + 1, dtype=np.int32), (len(self), 1))
+
+    def some_steps(self, count: int, seed: int) -> np.ndarray:
+        """`count` steps of every sketch, one from each of as many equal parts, ascending.
+
+        Returns:
+          int32 [N, min(count, T)], 1..T; all steps if `count` is T or more.
+        """
+        if count >= self.steps:
+            return self.all_steps()
+        rng = np.random.default_rng(seed)
+        at = (np.arange(count) + rng.random((len(self), count))) / count
+        return 1 + np.minimum(at * self.steps, self.steps - 1).astype(np.int32)
+
+
+class PartialSketches:
+    """Chosen steps of all sketches as rows of pictures: row n * K + k is step `chosen[n, k]` of
+    sketch n. Slices are uint8 [rows, S, S, 3], drawn when they are asked for.
+    """
+
+    def __init__(self, sketches: SketchFaces, chosen: np.ndarray):
+        """Args: chosen: int [N, K], 1..T."""
+        self._sketches, self._chosen = sketches, chosen
+        self._lock = threading.Lock()
+        self._last: tuple[int, np.ndarray] | None = None  # a slice may end inside a sketch
+
+    def __len__(self) -> int:
+        return self._chosen.size
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        found = range(*rows.indices(len(self)))
+        return np.stack([self._picture(*divmod(row, self._chosen.shape[1])) for row in found])
+
+    def _picture(self, sketch: int, column: int) -> np.ndarray:
+        with self._lock:
+            if self._last is None or self._last[0] != sketch:
+                self._last = sketch, self._sketches.grown(sketch)
+            return self._last[1][self._chosen[sketch, column] - 1]
+
+    def key(self) -> dict[str, Any]:
+        """Identifies the pictures, for a cache."""
+        return {
+            "pictures": self._sketches.faces.digest,
+            "steps": self._sketches.steps,
+            "chosen": hashlib.sha256(self._chosen.astype("<i4").tobytes()).hexdigest(),
+        }
+
+
+def pair_rows(groups: np.ndarray, subject: str, *, one_each: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Which sketch is to find which photo.
+
+    Args:
+      groups: int [N], equal for pictures of one person.
+      subject: of `SUBJECTS`. With `other`, the sketch is of the person's next picture, and people
+        with a single one are left out.
+      one_each: only the first photo of each person, so that every sketch has one right photo.
+
+    Returns:
+      (photo int64 [P], sketch int64 [P]), numbers of faces; may be empty.
+    """
+    photos, sketches = [], []
+    for person in np.unique(groups):
+        own = np.flatnonzero(groups == person)
+        if subject == "other" and len(own) < 2:
+            continue
+        drawn = np.roll(own, -1) if subject == "other" else own
+        photos.append(own[:1] if one_each else own)
+        sketches.append(drawn[:1] if one_each else drawn)
+    if not photos:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    return np.concatenate(photos), np.concatenate(sketches)
+
+
+def _origin(record: Record) -> str | None:
+    """What kind of sketch a record has; None = none."""
+    if record.drawings:
+        return "steps" if len(record.drawings) > 1 else "raster"
+    return "strokes" if record.strokes else None
+
+
+def _grow(record: Record, steps: int, side: int) -> np.ndarray | list[np.ndarray]:
+    """T grey pictures uint8 [H, W]."""
+    if len(record.drawings) > 1:
+        # Evenly, the last step of the sketch being the last step shown.
+        given = -(-np.arange(1, steps + 1) * len(record.drawings) // steps) - 1
+        return [_grey(record.drawings[number]) for number in given]
+    if record.drawings:
+        return grow_raster(_grey(record.drawings[0]), steps)
+    return grow_strokes(record.strokes, jpeg_size(record.image), steps, side)
+
+
+def _grey(data: bytes) -> np.ndarray:
+    try:
+        return cv2.cvtColor(decode_image(data), cv2.COLOR_RGB2GRAY)
+    except BadImage as error:
+        raise ValueError(f"a drawing is no picture: {error}") from error
+
+
+def _squash(picture: np.ndarray, side: int) -> np.ndarray:
+    """Grey uint8 [H, W] as the model takes it, uint8 [side, side, 3]."""
+    return resize_image(cv2.cvtColor(picture, cv2.COLOR_GRAY2RGB), side)
