@@ -86,7 +86,9 @@ def test_subsets_are_nested_and_depend_on_the_seed_alone(data):
     other = attributes._faces(dataclasses.replace(SETTINGS, seed=1), data)
     assert one.train.ids == again.train.ids != other.train.ids
     assert sorted(one.train.ids) == sorted(other.train.ids)
-    assert not set(one.train.group_ids) & (set(one.val.group_ids) | set(one.test.group_ids))
+    people = [set(part.group_ids) for part in (one.train, one.val, one.test)]
+    assert sum(map(len, people)) == len(set.union(*people))
+    assert all(part.source.split == "train" for part in (one.train, one.val))
 
 
 def test_cached_states_are_those_of_the_pictures_in_any_order(backbone, data):
@@ -177,6 +179,9 @@ def test_a_damaged_or_foreign_probe_is_refused(ran, backbone, tmp_path):
 
     spoil("arrays.npz", lambda data: data[:-20])
     spoil("arrays.npz", lambda data: data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])
+    other = init_head("flip", 12, 32, 40, jax.random.key(1))
+    save_probe(tmp_path / "other", backbone, "flip", other, {})
+    spoil("arrays.npz", lambda _: (tmp_path / "other" / "arrays.npz").read_bytes())
     spoil("probe.json", lambda data: data[:30])
     spoil("probe.json", lambda data: data.replace(b'"version": 1', b'"version": 2'))
     spoil("probe.json", lambda data: data.replace(b'"kind": "flip"', b'"kind": "linear"'))

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import shlex
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, SHARED
+from conftest import SHARED
 from PIL import Image
 
 pytest.importorskip("apache_beam", reason="curation needs the extra `curate`")
@@ -28,7 +27,6 @@ from flip_jax.curate.config import (
 )
 from flip_jax.curate.pipeline import build
 from flip_jax.curate.quality.card import FIGURES
-from flip_jax.curate.quality.command import _parser
 from flip_jax.curate.quality.report import ReportConfig, collect, write_report
 from flip_jax.curate.quality.survey import survey
 from flip_jax.data.__main__ import main as data_main
@@ -378,33 +376,6 @@ def test_after_a_build(tmp_path):
     assert not [text for text in told["warnings"] if "licence" in text or "LEAK" in text]
     card = (tmp_path / "out" / "report.md").read_text()
     assert "10 rows, 9 faces, 9 with labels, 8 kept" in card
-
-
-PAGE = ROOT / "docs" / "quality.md"
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-
-
-def test_the_page_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for line in "".join(blocks("sh")).splitlines():
-        command = shlex.split(line)
-        assert {"flip_jax.data": data_main, "flip_jax.curate": main}[command[2]](command[3:]) == 0
-    printed = capsys.readouterr().out
-    assert [text for text in blocks("text") if text not in printed] == []
-
-
-def test_the_page_names_every_file_and_option():
-    text = PAGE.read_text()
-    assert [name for name in FIGURES if f"`{name}`" not in text] == []
-    options = {option for action in _parser()._actions for option in action.option_strings}
-    options -= {"-h", "--help", "--out", "--threads"}
-    assert [option for option in options if f"`{option}" not in text] == []
-    defaults = ReportConfig()
-    assert f"`--sample N` ({defaults.sample})" in text
-    assert f"`--min-share S` ({defaults.min_share})" in text
 
 
 def test_real_photographs(tmp_path):

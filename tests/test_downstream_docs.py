@@ -67,6 +67,7 @@ def test_fields_exist():
         settings = {
             "suite": suite.Settings,
             "protocols": task_module("attributes").Settings,
+            "measured": task_module("attributes").Settings,
         }.get(name) or task_module(name).Settings
         for field in re.findall(r"`(--\w[\w.]*=[^`]*)`", section):
             set_fields(settings(), shlex.split(field))

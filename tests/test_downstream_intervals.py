@@ -69,14 +69,19 @@ def test_parts_are_the_numbers_of_their_rows_and_the_gap_is_between_them():
     groups = np.arange(600) // 2
     part = np.where(np.arange(600) % 3 == 0, "b", np.where(np.arange(600) % 3 == 1, "a", ""))
     values = rng.normal(size=600) + np.where(part == "b", 2.0, 0.0)
-    (found,) = break_down(mean_of(values), groups, {"c": part}, resamples=300)
+    both = mean_of(
+        np.stack([values, -values], axis=1)
+    )  # the best part of one, the worst of the other
+    (found,) = break_down(both, groups, {"c": part}, resamples=300)
     assert list(found.parts) == ["a", "b"] and found.parts["a"][0] == 200
-    for name, (_, (number,)) in found.parts.items():
+    for name, (_, (number, negative)) in found.parts.items():
         assert number.value == pytest.approx(values[part == name].mean(), rel=1e-5)
-    (gap,) = found.gaps
+        assert negative.value == -number.value
+    gap, mirrored = found.gaps
+    assert [mirrored.value, mirrored.low] == pytest.approx([gap.value, gap.low])
     assert gap.value == pytest.approx(values[part == "b"].mean() - values[part == "a"].mean())
     assert gap.low < 2.0 < gap.high and gap.high - gap.low < 0.6
-    assert found.to_dict(["mean"])["gap"]["mean"]["value"] == gap.value
+    assert found.to_dict(["mean", "minus"])["gap"]["mean"]["value"] == gap.value
 
 
 def test_a_gap_of_nothing_may_be_nothing_and_one_part_has_none():

@@ -299,6 +299,18 @@ def test_the_command(done):
     assert (out / "report.png").stat().st_size > 50_000
 
 
+def test_the_model_as_it_is(model, drawn, tmp_path):
+    arguments = ["retrieval", "--checkpoint", str(model), "--data", str(drawn)]
+    arguments += ["--train-heads=False", "--rerank=0", "--random-backbone=False", "--pictures=10"]
+    assert main([*arguments, "--out", str(tmp_path), "--resamples=20", "--batch-size=8"]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert list(report["results"]) == ["trained", "chance"]
+    names = [f"zero-shot cosine {name}" for name in retrieval_numbers.NUMBERS]
+    assert list(report["results"]["trained"]) == names
+    assert report["results"]["chance"]["zero-shot cosine i2t R@1"] == pytest.approx(10.0)
+    assert not (tmp_path / "heads.npz").exists()
+
+
 def test_breakdowns(done, data):
     report = done[1]
     male = data.split("test").attributes[:, 20] == 1

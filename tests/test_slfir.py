@@ -119,8 +119,10 @@ def test_the_report(out, report):
         assert details["pairs"] == details["gallery"] == 12
         for label in ("trained", "random"):
             rows = details[label]["metrics"]
-            assert set(rows) == {"trained", "frozen", "re-ranked"}
-            assert set(rows["re-ranked"]) == {"caption", "both"}
+            ranked = {"re-ranked": {"caption", "both"}} if label == "trained" else {}
+            everything = {"sketch", "caption", "both"}
+            wanted = {"trained": everything, "frozen": everything} | ranked
+            assert {row: set(queries) for row, queries in rows.items()} == wanted
             for queries in rows.values():
                 for numbers in queries.values():
                     assert list(numbers) == list(METRICS)
@@ -176,7 +178,9 @@ def test_one_picture_per_person(tmp_path, places, capsys):
         ("--rates=fast", "settings.rates='fast': must be numbers above 0"),
         ("--subjects=photo,dog", "settings.subjects='photo,dog': must be photo or other"),
         ("--features=all", "settings.features=all: must be one of 'class', 'layers'"),
+        ("--rates=nan", "settings.rates='nan'"),
         ("--test-split=dev", "no split 'dev'"),
+        ("--test-split=train", "such as 'drawn:0', are there for train and for test"),
     ],
 )
 def test_settings_that_cannot_be(places, capsys, field, message):

@@ -40,6 +40,7 @@ class Words:
 def test_every_attribute_has_prompts_of_both_kinds_and_no_prompt_is_in_both():
     assert tuple(PHRASES) == ATTRIBUTES and len(TEMPLATES) >= 3
     for name in ATTRIBUTES:
+        assert all(isinstance(side, tuple) for side in PHRASES[name])
         present, absent = attribute_prompts(name)
         assert len(present) >= len(TEMPLATES) and len(absent) >= len(TEMPLATES)
         assert not set(present) & set(absent), name
