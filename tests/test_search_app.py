@@ -21,6 +21,7 @@ from PIL import Image
 pytest.importorskip("faiss", reason="search needs the extra `search`")
 pytest.importorskip("aiohttp", reason="search needs the extra `search`")
 
+from conftest import ROOT
 from search_world import RERANK, Served, cosines, make_world
 
 from flip_jax.data.attributes import ATTRIBUTES
@@ -199,6 +200,17 @@ def test_a_record_that_was_damaged_since_is_left_out(world, caplog):
         assert len(found["faces"]) == 39
         status, _, body = server.ask("GET", "/pictures/2")
     assert status == 500 and b"place" not in body and "record 2: damaged" in caplog.text
+
+
+def test_the_python_of_the_docs_runs(world, capsys):
+    page = (ROOT / "docs" / "search.md").read_text()
+    (script,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    for name, path in (("runs/demo/index", world.index), ("runs/demo", world.checkpoint)):
+        script = script.replace(f'Path("{name}")', f'Path("{path}")')
+    exec(compile(script, "search.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    chances = [float(line.split()[2]) for line in lines]
+    assert len(lines) == 5 and chances == sorted(chances, reverse=True)
 
 
 # Pages and pictures

@@ -52,6 +52,11 @@ def places(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def backbone(places):
+    return Backbone.load(places[0] / "runs" / "demo")
+
+
+@pytest.fixture(scope="module")
 def out(places):
     return places[0] / "runs" / "downstream" / "slfir"
 
@@ -75,11 +80,9 @@ def test_the_page(places, monkeypatch, capsys):
         set_fields(Settings(), shlex.split(field))
 
 
-def test_the_numbers_by_loops_from_the_saved_heads(places, out, report):
+def test_the_numbers_by_loops_from_the_saved_heads(places, backbone, out, report):
     """Photos, captions and each step of each sketch through the saved heads, one by one."""
-    demo = places[0] / "runs" / "demo"
-    backbone = Backbone.load(demo)
-    faces = FaceData(demo / "data", backbone.image_size).split("test")
+    faces = FaceData(places[0] / "runs" / "demo" / "data", backbone.image_size).split("test")
     sketches = SketchFaces(faces, SHORT.steps)
     model = load_model(out / "heads-other.npz", backbone)
     first = [faces.group_ids.index(group) for group in sorted(set(faces.group_ids))]
@@ -156,10 +159,8 @@ def test_again_from_cached_features(places, report, capsys):
     assert after == before
 
 
-def test_one_picture_per_person(tmp_path, places, capsys):
-    folder, _ = places
+def test_one_picture_per_person(tmp_path, backbone):
     tiny_downstream.write_faces(tmp_path / "drawn", pictures=1)
-    backbone = Backbone.load(folder / "runs" / "demo")
     data = FaceData(tmp_path / "drawn", backbone.image_size)
     options = {"random_backbone": False, "rerank": 0, "features": "class"}
     found = run(Settings(**vars(SHORT) | options), backbone, data, tmp_path)
@@ -189,8 +190,7 @@ def test_settings_that_cannot_be(places, capsys, field, message):
     assert message in capsys.readouterr().err
 
 
-def test_heads_of_another_model_or_damaged(places, out, tmp_path):
-    backbone = Backbone.load(places[0] / "runs" / "demo")
+def test_heads_of_another_model_or_damaged(backbone, out, tmp_path):
     path = out / "heads-photo.npz"
     assert load_model(path, backbone).about["subject"] == "photo"
     with pytest.raises(ValueError, match=r"was trained on weights .* these are"):

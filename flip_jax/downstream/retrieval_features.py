@@ -159,6 +159,10 @@ class FrozenGallery:
         self._pairs = np.insert(self._pairs, place, new)
         self._fused = np.insert(self._fused, place, fused, axis=0)
 
+    def forget(self) -> None:
+        """Frees the features of pairs."""
+        self._pairs, self._fused = self._pairs[:0].copy(), self._fused[:0].copy()
+
     def image_batches(self, size: int) -> Iterator[dict[str, np.ndarray]]:
         """`image` uint8 [size, S, S, 3], the last one filled up; decoded one batch ahead."""
         starts = range(0, len(self.faces), size)

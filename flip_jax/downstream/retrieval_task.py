@@ -190,6 +190,7 @@ def _outcome(
             f"{mean_recall(found['heads']):.2f} %",
             flush=True,
         )
+    gallery.forget()
     return Outcome(found, trained, gallery, len(splits.val) if trained else 0)
 
 

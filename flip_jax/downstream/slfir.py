@@ -7,6 +7,7 @@ departures from the published one and their reasons: docs/slfir.md.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -115,7 +116,8 @@ def run(settings: Settings, backbone: Backbone, data: FaceData, out: Path) -> Ta
         encoded = _encode(settings, one, splits, data)
         for subject, rows in pairs.items():
             fitted = _train(settings, rates, encoded, rows)
-            outcomes[subject][label] = _rank(settings, encoded, rows["test"], fitted)
+            k = settings.rerank if label == "trained" else 0
+            outcomes[subject][label] = _rank(encoded, rows["test"], fitted, k)
             print(f"{label}, {TITLES[subject]}: {_line(outcomes[subject][label])}", flush=True)
             if label == "trained":
                 about = {"data": str(data.path), "subject": subject}
@@ -132,7 +134,7 @@ def _check(settings: Settings) -> tuple[tuple[float, ...], list[str]]:
         rates = tuple(float(word) for word in settings.rates.replace(",", " ").split())
     except ValueError:
         rates = ()
-    if not rates or min(rates) <= 0:
+    if not rates or not all(0 < rate < np.inf for rate in rates):
         raise ValueError(f"settings.rates={settings.rates!r}: must be numbers above 0")
     subjects = settings.subjects.replace(",", " ").split()
     if not subjects or set(subjects) - set(SUBJECTS):
@@ -157,12 +159,18 @@ def _split(settings: Settings, data: FaceData, subjects: list[str]) -> _Splits:
         val=SketchFaces(val, settings.steps, per_person=each),
         test=SketchFaces(data.split(settings.test_split), settings.steps, per_person=each),
     )
-    for sketches in (splits.train, splits.val, splits.test):
-        people = len(np.unique(sketches.faces.groups))
-        if people < 2:
+    people = {name: set(one.faces.group_ids) for name, one in vars(splits).items()}
+    for name, found in people.items():
+        if len(found) < 2:
             raise DataLacks(
-                f"{data.path}: {people} person with a sketch and a caption in split "
-                f"{sketches.faces.source.split!r}; retrieval needs 2 or more"
+                f"{data.path}: one person with a sketch and a caption for {name}; retrieval needs "
+                "2 or more"
+            )
+    for one, other in itertools.combinations(people, 2):
+        if both := people[one] & people[other]:
+            raise DataLacks(
+                f"{data.path}: {len(both)} people, such as {min(both)!r}, are there for {one} and "
+                f"for {other}; the splits must not share people"
             )
     return splits
 
@@ -215,26 +223,26 @@ def _train(
 
 
 def _rank(
-    settings: Settings,
-    encoded: _Encoded,
-    rows: tuple[np.ndarray, np.ndarray],
-    fitted: TrainedHeads,
+    encoded: _Encoded, rows: tuple[np.ndarray, np.ndarray], fitted: TrainedHeads, k: int
 ) -> Outcome:
-    """Ranks the test photos, by trained heads and by those of the backbone."""
+    """Ranks the test photos, by trained heads and by those of the backbone.
+
+    Args:
+      k: best photos of a query with a caption to re-rank; 0 = none.
+    """
     outcome, features = Outcome(fitted), encoded.features["test"].take(*rows)
     for row, heads in (("trained", fitted.heads), ("frozen", encoded.frozen)):
         embeds = embed(heads, features)
         photos, count, steps = embeds["photo"], *embeds["sketch"].shape[:2]
-        k = min(max(settings.rerank, SHOWN), count)
-        tops = {name: _search(query, photos, k) for name, query in _queries(embeds).items()}
+        kept = min(max(k, SHOWN), count)
+        tops = {name: _search(query, photos, kept) for name, query in _queries(embeds).items()}
         outcome.ranks[row] = {
             name: _per_step(top["rank"], count, steps) for name, top in tops.items()
         }
         if row == "frozen":
             continue
         outcome.top = tops["sketch"]["top"][:, :SHOWN].reshape(count, steps, -1)
-        if settings.rerank:
-            k = min(settings.rerank, count)
+        if k:
             outcome.ranks["re-ranked"] = {
                 name: _per_step(_rerank(tops[name], k, encoded, rows[0], heads), count, steps)
                 for name in ("caption", "both")

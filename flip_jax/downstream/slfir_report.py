@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from flip_jax.downstream.columns import read_columns
 from flip_jax.downstream.intervals import Breakdown, Interval, break_down, mean_of, measure
@@ -200,8 +201,8 @@ def _notes(settings: Settings, tested: Mapping[str, Tested], outcomes: _Outcomes
         f"test sketches: {'; '.join(kinds)}; {settings.steps} steps each",
         "ranks count the photos at least as similar as the right one, so a tie counts against the "
         "model; captions describe the photo that is sought",
-        "a sketch of the photo itself has its pose and place on the sheet, so that even random "
-        "encoders find it; a sketch of another picture has not",
+        "a sketch of the photo itself shares its pose and place on the sheet, which random encoders "
+        "see, too; a sketch of another picture does not",
     ]
     if sketches.left_out:
         notes.append(f"{sketches.left_out:,} test pictures without sketch or caption are left out")
@@ -216,7 +217,7 @@ def _notes(settings: Settings, tested: Mapping[str, Tested], outcomes: _Outcomes
     return notes
 
 
-def _figure(settings: Settings, tested: Mapping[str, Tested], outcomes: _Outcomes):
+def _figure(settings: Settings, tested: Mapping[str, Tested], outcomes: _Outcomes) -> Figure:
     panels = []
     for subject, found in outcomes.items():
         pairs = len(tested[subject])

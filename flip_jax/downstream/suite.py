@@ -105,12 +105,12 @@ def labels_of(checkpoints: Sequence[str]) -> list[str]:
       ValueError: the same folder twice.
     """
     parts = [Path(path).absolute().parts[1:] for path in checkpoints]
-    if len(set(parts)) < len(parts):
-        raise ValueError(f"--checkpoint is given twice: {', '.join(checkpoints)}")
-    used = 1
-    while len({part[-used:] for part in parts}) < len(parts):
-        used += 1
-    return ["-".join(part[-used:]) for part in parts]
+    for used in range(1, max(map(len, parts)) + 1):
+        labels = ["-".join(part[-used:]) for part in parts]
+        # The other columns of the page have names, too.
+        if len(set(labels)) == len(parts) and not {"random", "chance"} & set(labels):
+            return labels
+    raise ValueError(f"--checkpoint: no names tell {', '.join(checkpoints)} apart; is one twice?")
 
 
 def _task_names(settings: Settings) -> list[str]:
