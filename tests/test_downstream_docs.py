@@ -64,8 +64,6 @@ def test_fields_exist():
     tried = 0
     for section in PAGE.read_text().split("\n## ")[1:]:
         name = section.split("\n")[0].lower().replace("-", "_")
-        if name == "measured":  # of the attributes task, too
-            name = "protocols"
         settings = {
             "suite": suite.Settings,
             "protocols": task_module("attributes").Settings,

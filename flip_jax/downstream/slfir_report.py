@@ -201,8 +201,8 @@ def _notes(settings: Settings, tested: Mapping[str, Tested], outcomes: _Outcomes
         f"test sketches: {'; '.join(kinds)}; {settings.steps} steps each",
         "ranks count the photos at least as similar as the right one, so a tie counts against the "
         "model; captions describe the photo that is sought",
-        "a sketch of the photo itself shares its pose and place on the sheet, which random encoders "
-        "see, too; a sketch of another picture does not",
+        "a sketch of the photo itself shares its pose and place on the sheet, which random "
+        "encoders see, too; a sketch of another picture does not",
     ]
     if sketches.left_out:
         notes.append(f"{sketches.left_out:,} test pictures without sketch or caption are left out")
