@@ -27,6 +27,8 @@ GIVEN = [
     for name in ("steps", "train_steps", "captions", "epochs", "negatives", "resamples", "rerank")
 ]
 
+SMALL = ["--batch-size=8"]  # of one size only, so that each function is compiled once
+
 
 def commands() -> list[list[str]]:
     """Of the page: arguments of `python -m flip_jax.X`, X first."""
@@ -44,16 +46,16 @@ def places(tmp_path_factory):
     task, *given = commands()[0]
     assert task == "downstream"
     with contextlib.chdir(folder):
-        assert main([*given, "--cache=features", "--by=Male", *GIVEN]) == 0
+        assert main([*given, "--cache=features", "--by=Male", *GIVEN, *SMALL]) == 0
     shared = ["--checkpoint", str(folder / "runs" / "demo")]
     shared += ["--data", str(folder / "runs" / "demo" / "data")]
-    shared += ["--cache", str(folder / "features"), *GIVEN]
+    shared += ["--cache", str(folder / "features"), *GIVEN, *SMALL]
     return folder, shared
 
 
 @pytest.fixture(scope="module")
 def backbone(places):
-    return Backbone.load(places[0] / "runs" / "demo")
+    return Backbone.load(places[0] / "runs" / "demo", batch_size=8)
 
 
 @pytest.fixture(scope="module")

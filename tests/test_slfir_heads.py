@@ -164,7 +164,7 @@ def test_embeddings_are_projections():
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("heads")
-    backbone = Backbone.load(tiny_downstream.write_model(folder / "model"), batch_size=16)
+    backbone = Backbone.load(tiny_downstream.write_model(folder / "model"), batch_size=8)
     path = tiny_downstream.write_faces(folder / "drawn", train_identities=4, test_identities=5)
     faces = FaceData(path, backbone.image_size).split("test")
     tower = FusedTower(backbone, "enc")
