@@ -24,7 +24,7 @@ import flip_jax
 from flip_jax import config
 from flip_jax.checkpoint import load_momentum, load_params, read_meta, save_weights
 from flip_jax.config import Config, DataConfig, ModelConfig, TextConfig, VisionConfig
-from flip_jax.convert import torch_flip
+from flip_jax.convert import torch_flip, torch_models
 from flip_jax.convert.__main__ import main
 from flip_jax.convert.conversion import ConversionError
 from flip_jax.convert.exporter import export_weights
@@ -204,6 +204,53 @@ def test_docs_examples(ours, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("kind", ["clip", "farl"])
+def test_openai_names_in_and_out_again(kind, tmp_path, capsys):
+    """What was read is written, bit for bit; only what FLIP has no place for is gone."""
+    state = tiny_weights.openai_state(tiny_weights.clip_model())
+    torch.save({"state_dict": state} if kind == "farl" else state, tmp_path / "source.pth")
+    names = [str(tmp_path / name) for name in ("source.pth", "ours", "again.pth")]
+    assert main(["--from", kind, *names[:2]]) == 0
+    assert main(["--to", kind, *names[1:]]) == 0
+    assert "image_tokens" in capsys.readouterr().out
+    again = torch.load(names[2], weights_only=True)
+    again = again["state_dict"] if kind == "farl" else again
+    kept = {n: t for n, t in state.items() if n.startswith("visual.") and n != "visual.proj"}
+    assert again.keys() == kept.keys()
+    for name, tensor in kept.items():
+        assert again[name].dtype == tensor.dtype and torch.equal(again[name], tensor), name
+
+
+def test_a_model_as_farl_users_load_it(ours, tmp_path):
+    """Into a module of OpenAI's names, strictly; the tower comes back with the same bits."""
+    out = tmp_path / "farl.pth"
+    printed = export_weights("farl", ours, out)
+    assert "visual.proj" in printed and "image_feature" in printed
+    state = torch.load(out, weights_only=True)["state_dict"]
+    params, model = load_params(ours), tiny_weights.model_config()
+    np.testing.assert_array_equal(state.pop("visual.proj"), params["image_proj"]["kernel"])
+    module = torch_models.OpenAiVision(model.vision)
+    module.load_state_dict({n.removeprefix("visual."): t for n, t in state.items()}, strict=True)
+    pixels = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    with torch.no_grad():
+        theirs = module.eval()(torch.tensor(pixels).permute(0, 3, 1, 2))
+    model = dataclasses.replace(model, dtype="float32")
+    tokens, _ = nnx.merge(flip.build(model), params).encode_image(pixels)
+    np.testing.assert_allclose(tokens, theirs, rtol=0, atol=2e-5)
+    assert main(["--from", "farl", str(out), str(tmp_path / "back")]) == 0
+    jax.tree.map(
+        np.testing.assert_array_equal, load_params(tmp_path / "back")["vit"], params["vit"]
+    )
+
+
+def test_openai_export_refuses_what_has_no_image_tower(ours, tmp_path, capsys):
+    meta = {name: read_meta(ours)[name] for name in ("config", "vocab_hash", "data_hash")}
+    save_weights(tmp_path / "text", {"bert": load_params(ours)["bert"]}, meta)
+    assert main(["--to", "clip", str(tmp_path / "text"), str(tmp_path / "out.pth")]) == 1
+    assert "no image tower, only bert" in capsys.readouterr().err
+    assert not (tmp_path / "out.pth").exists()
+
+
 def test_a_wrong_export_is_caught(ours, tmp_path, monkeypatch):
     to_official = torch_flip._to_official
 
@@ -212,7 +259,7 @@ def test_a_wrong_export_is_caught(ours, tmp_path, monkeypatch):
         return value if layout == "linear" and square else to_official(value, layout)
 
     monkeypatch.setattr(torch_flip, "_to_official", forget_to_transpose)
-    for kind in ("flip", "hf"):
+    for kind in ("flip", "hf", "clip"):
         with pytest.raises(ConversionError, match="do not compute the same"):
             export_weights(kind, ours, tmp_path / kind)
         assert not (tmp_path / kind).exists()

@@ -21,6 +21,8 @@ FORMATS = """formats
   --from bert   text tower without cross-attention: Hugging Face BERT folder or file
   --to flip     .pth with the official names, order and layouts, momentum and queue included
   --to hf       folder for transformers: CLIPVisionModel, BlipTextModel, heads, tokenizer
+  --to clip     image tower as a .pth with OpenAI's names, `visual.*`; --to farl: the same, under
+                the key `state_dict` as in FaRL's files
   --to safetensors   folder for flip_jax.load: model.safetensors, config.json, vocab.txt
 
 OUT of an import is a checkpoint: start a run from it with --config.init.checkpoint=OUT (flip),
@@ -47,7 +49,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument("--from", dest="source_format", choices=("flip", "clip", "bert", "farl"))
-    direction.add_argument("--to", dest="target_format", choices=("flip", "hf", "safetensors"))
+    direction.add_argument(
+        "--to", dest="target_format", choices=("flip", "hf", "clip", "farl", "safetensors")
+    )
     parser.add_argument("source", type=Path, help="what to read")
     parser.add_argument("out", type=Path, help="what to write; must not exist")
     parser.add_argument(

@@ -110,20 +110,50 @@ def _openai(tensors: Mapping[str, np.ndarray], heads: int | None, options: Optio
     )
 
     def slot(rest: str) -> Slot:
-        if rest in _OPENAI:
-            return Slot(prefix + _OPENAI[rest])
-        module, _, leaf = rest.rpartition(".")
-        if not module.startswith("encoder.layers."):
-            return Slot(f"{prefix}{_OPENAI[module]}.{leaf}")
-        layer, _, module = module.removeprefix("encoder.layers.").partition(".")
-        block = f"{prefix}transformer.resblocks.{layer}"
-        if module in _OPENAI_THIRDS:
-            return Slot(f"{block}.attn.in_proj_{leaf}", _OPENAI_THIRDS[module])
-        return Slot(f"{block}.{_OPENAI[module]}.{leaf}")
+        return _openai_slot(rest, prefix)
 
     # With the prefix, all that lies outside the image tower is the text tower.
     ignored = ("visual.proj", "[!v]*", "vocab_size") if prefix else ("proj",)
     return _foreign(tensors, vision, slot, "openai_outputs", ignored, options)
+
+
+def _openai_slot(rest: str, prefix: str) -> Slot:
+    """Where the tensor that is `rest` below `vision_model.` lies under OpenAI's names."""
+    if rest in _OPENAI:
+        return Slot(prefix + _OPENAI[rest])
+    module, _, leaf = rest.rpartition(".")
+    if not module.startswith("encoder.layers."):
+        return Slot(f"{prefix}{_OPENAI[module]}.{leaf}")
+    layer, _, module = module.removeprefix("encoder.layers.").partition(".")
+    block = f"{prefix}transformer.resblocks.{layer}"
+    if module in _OPENAI_THIRDS:
+        return Slot(f"{block}.attn.in_proj_{leaf}", _OPENAI_THIRDS[module])
+    return Slot(f"{block}.{_OPENAI[module]}.{leaf}")
+
+
+def openai_state(params: Mapping[str, Any], model: ModelConfig) -> dict[str, np.ndarray]:
+    """Our image tower under OpenAI's names, the inverse of reading it.
+
+    Args:
+      params: `vit`, and `image_proj` where there is a projection into the joint embedding.
+
+    Returns:
+      `visual.*` -> float32 arrays; `visual.proj` [D, E] is the kernel of `image_proj`, whose bias
+      has no place there.
+    """
+    present = [e for e in torch_flip.entries(model) if e.path.startswith("vit/")]
+    official = torch_flip.params_to_official(params, model, wanted=present)
+    thirds: dict[str, dict[int, np.ndarray]] = {}
+    for name, value in official.items():
+        slot = _openai_slot(name.removeprefix(_OFFICIAL), "visual.")
+        thirds.setdefault(slot.name, {})[slot.third or 0] = value
+    state = {
+        name: np.concatenate([parts[n] for n in sorted(parts)]) if len(parts) > 1 else parts[0]
+        for name, parts in thirds.items()
+    }
+    if "image_proj" in params:
+        state["visual.proj"] = np.asarray(params["image_proj"]["kernel"])
+    return state
 
 
 def _foreign(

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from flip_jax import config
-from flip_jax.checkpoint import load_momentum
+from flip_jax.checkpoint import load_momentum, load_params, read_meta
+from flip_jax.config import ModelConfig
 from flip_jax.convert import torch_flip
 from flip_jax.convert.check import (
     compare,
@@ -17,13 +18,14 @@ from flip_jax.convert.check import (
     our_outputs,
     with_twins,
 )
-from flip_jax.convert.conversion import import_torch, whole_or_absent
+from flip_jax.convert.clip import openai_state
+from flip_jax.convert.conversion import ConversionError, import_torch, whole_or_absent
 from flip_jax.convert.weight_files import read_tensors
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.models import flip
 from flip_jax.weights import Weights, is_export, read_tokenizer, read_weights, write_export
 
-KINDS = ("flip", "hf", "safetensors")
+KINDS = ("flip", "hf", "clip", "farl", "safetensors")
 
 
 def export_weights(kind: str, source: Path, out: Path, tokenizer: str | None = None) -> str:
@@ -32,8 +34,9 @@ def export_weights(kind: str, source: Path, out: Path, tokenizer: str | None = N
     `flip` and `hf` run on the same inputs as ours; `safetensors` is compared bit for bit.
 
     Args:
-      kind: `flip`, a .pth file with the official names; `hf`, a folder for `transformers`;
-        `safetensors`, the plain tree.
+      kind: `flip`, a .pth file with the official names; `hf`, a folder for `transformers`; `clip`
+        and `farl`, the image tower as a .pth file with OpenAI's names, which `farl` has under
+        `state_dict`; `safetensors`, the plain tree.
       source: as `read_weights` takes it.
       out: file or folder to be made.
       tokenizer: the vocabulary, where the name in the checkpoint no longer leads to it.
@@ -48,6 +51,8 @@ def export_weights(kind: str, source: Path, out: Path, tokenizer: str | None = N
       ValueError: the source holds only a part of a model, or the vocabulary is another one.
     """
     with whole_or_absent(out) as partial:
+        if kind in ("clip", "farl"):
+            return "\n".join([*_openai(partial, source, kind), f"written: {out}"])
         weights = read_weights(source)
         if kind == "flip":
             lines = _flip(partial, source, weights)
@@ -73,6 +78,46 @@ def _hugging_face(out: Path, weights: Weights, vocabulary: Tokenizer) -> list[st
     hugging_face.write_hugging_face(out, weights, vocabulary)
     expected = our_outputs(weights.params, weights.cfg.model, inputs)
     return [compare(expected, hugging_face.hugging_face_outputs(out, inputs))]
+
+
+def _openai(out: Path, source: Path, kind: str) -> list[str]:
+    torch = import_torch()
+    from flip_jax.convert import torch_models
+
+    params, model = _image_tower(source)
+    state = openai_state(params, model)
+    tensors = {n: torch.from_numpy(np.array(v)) for n, v in state.items()}
+    with out.open("wb") as file:
+        torch.save({"state_dict": tensors} if kind == "farl" else tensors, file)
+    del state, tensors
+    inputs = fixed_inputs(model)
+    expected = {"image_tokens": our_outputs(params, model, inputs)["image_tokens"]}
+    written = read_tensors(out, under=("state_dict",))
+    projection = written.pop("visual.proj", None)
+    found = torch_models.openai_outputs(written, model.vision, inputs, keep_post_norm=True)
+    notes = ["the image tower alone is written"]
+    if projection is not None:
+        kernel = params["image_proj"]["kernel"]
+        expected["image_feature"] = expected["image_tokens"][:, 0] @ kernel
+        found["image_feature"] = found["image_tokens"][:, 0] @ projection
+        notes.append("visual.proj: the kernel of image_proj; its bias has no place there")
+    width, heads = model.vision.width, model.vision.heads
+    if width != 64 * heads:
+        notes.append(f"{heads} heads: readers of this layout take one per 64 of the width {width}")
+    return [*notes, compare(expected, found)]
+
+
+def _image_tower(source: Path) -> tuple[dict, ModelConfig]:
+    """`vit`, and `image_proj` if there, of a whole model or of an imported tower; their sizes."""
+    if is_export(source):
+        weights = read_weights(source)
+        params, model = weights.params, weights.cfg.model
+    else:
+        params = load_params(source)
+        model = config.from_dict(read_meta(source)["config"]).model
+    if "vit" not in params:
+        raise ConversionError(f"{source} has no image tower, only {', '.join(sorted(params))}")
+    return {name: params[name] for name in ("vit", "image_proj") if name in params}, model
 
 
 def _flip(out: Path, source: Path, weights: Weights) -> list[str]:

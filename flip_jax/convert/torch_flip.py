@@ -175,10 +175,15 @@ def params_from_official(
     return tree_from_official(state, entries(cfg, twin=twin), twin=twin)
 
 
-def params_to_official(params: dict, cfg: ModelConfig, *, twin: bool = False) -> dict:
-    """The inverse of `params_from_official`: official names -> numpy arrays, official order."""
+def params_to_official(
+    params: Mapping, cfg: ModelConfig, *, twin: bool = False, wanted: list[Entry] | None = None
+) -> dict:
+    """The inverse of `params_from_official`: official names -> numpy arrays, official order.
+
+    `wanted`: None = all entries.
+    """
     state = {}
-    for entry in entries(cfg, twin=twin):
+    for entry in entries(cfg, twin=twin) if wanted is None else wanted:
         value = params
         for name in entry.path.split("/"):
             value = value[name]
