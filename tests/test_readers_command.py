@@ -54,6 +54,12 @@ def test_every_data_set_becomes_records(tmp_path, monkeypatch, capsys, name):
                     assert found is None or field in ("captions", "attributes")
                 else:
                     np.testing.assert_array_equal(found, wanted)
+            assert record.subsets == sorted(getattr(sample, "subsets", ()))
+            visible = getattr(sample, "visible", None)
+            if visible is None or visible.all():
+                assert record.visible is None
+            else:
+                np.testing.assert_array_equal(record.visible, visible)
     shared = load_manifest(out).groups_in_several_splits
     assert (shared > 0) == (name in ("face2text", "mm_celeba_hq", "wflw", "aflw19"))
     assert ("WARNING" in printed) == (shared > 0)

@@ -28,6 +28,7 @@ from flip_jax.data.records import (
 from flip_jax.data.transforms import BadImage, encode_jpeg
 
 JPEG = encode_jpeg(np.arange(12 * 10 * 3, dtype=np.uint8).reshape(12, 10, 3))
+FIVE = np.zeros((5, 2), np.float32)
 
 
 def record(number: int = 0, **fields) -> Record:
@@ -77,6 +78,8 @@ def test_record_round_trip_with_all_fields():
     full = record(
         box=np.array([1, 2, 3, 4.5], np.float32),
         landmarks=np.random.default_rng(0).random((68, 2), dtype=np.float32),
+        visible=np.arange(68, dtype=np.int8) % 2,
+        subsets=["challenging", "pose"],
         mask=b"\x89PNG",
         polylines=join_strokes(lines),
         drawings=[b"\x89PNG", b"\xff\xd8"],
@@ -86,7 +89,8 @@ def test_record_round_trip_with_all_fields():
     assert record().strokes == record(polylines=join_strokes([])).strokes == []
     assert_equal(decode_record(encode_record(full)), full)
     assert_equal(decode_record(encode_record(record())), record())
-    assert b"drawings" not in encode_record(record())  # fields without a value take no space
+    # Fields without a value take no space, and those of older records are absent.
+    assert not any(name in encode_record(record()) for name in (b"drawings", b"visible", b"subs"))
 
 
 @pytest.mark.parametrize(
@@ -101,6 +105,9 @@ def test_record_round_trip_with_all_fields():
         ({"box": np.zeros(3, np.float32)}, "box"),
         ({"box": np.full(4, np.nan, np.float32)}, "NaN"),
         ({"landmarks": np.zeros((5, 3), np.float32)}, "landmarks"),
+        ({"visible": np.ones(5, np.int8)}, r"visible is int8\[5\], must be int8\[0\]"),
+        ({"landmarks": FIVE, "visible": np.ones(4, np.int8)}, r"visible .* must be int8\[5\]"),
+        ({"landmarks": FIVE, "visible": np.full(5, -1, np.int8)}, "visible must be 0 or 1"),
         ({"polylines": np.zeros((4, 2), np.float32)}, "polylines"),
     ],
 )

@@ -114,14 +114,17 @@ def _pair_record(pair: SketchPair, image: bytes, captions: int) -> Record:
 def _record(sample: Record | ParsingSample | LandmarkSample, image: bytes) -> Record:
     if isinstance(sample, Record):
         return msgspec.structs.replace(sample, image=image)
-    mask = box = None
+    mask = box = visible = None
+    subsets: list[str] = []
     if isinstance(sample, ParsingSample):
         height, width = jpeg_size(image)
         # A record's mask has the pixels of its picture.
         mask = cv2.resize(sample.mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
         mask = cv2.imencode(".png", mask)[1].tobytes()
     else:
-        box = sample.box
+        box, subsets = sample.box, sorted(sample.subsets)
+        # Where all points are seen, or nobody said, there is nothing to note.
+        visible = None if sample.visible.all() else sample.visible.astype(np.int8)
     return Record(
         id=sample.id,
         group_id=sample.group_id,
@@ -130,5 +133,7 @@ def _record(sample: Record | ParsingSample | LandmarkSample, image: bytes) -> Re
         attributes=np.full(len(ATTRIBUTES), UNKNOWN, np.int8),
         box=box,
         landmarks=sample.landmarks,
+        visible=visible,
+        subsets=subsets,
         mask=mask,
     )

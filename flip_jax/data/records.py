@@ -43,6 +43,8 @@ class Record(msgspec.Struct, kw_only=True, frozen=True, eq=False, omit_defaults=
       attributes: int8 [40] in the order of `ATTRIBUTES`; 1 present, 0 absent, -1 unknown.
       box: float32 [4], x0, y0, x1, y1 of the face in pixels.
       landmarks: float32 [P, 2], (x, y) in pixels; the scheme is the source's.
+      visible: int8 [P], 1 = seen, 0 = hidden, of the landmarks; None = nobody said.
+      subsets: parts of the split by which results are reported, e.g. `challenging`.
       mask: a PNG file of class numbers, one per pixel.
       polylines: the lines of a sketch in one array, float32 [N, 3], (x, y, number of the line),
         see `join_strokes`; one array, because dozens of small ones make reading slow.
@@ -57,6 +59,8 @@ class Record(msgspec.Struct, kw_only=True, frozen=True, eq=False, omit_defaults=
     attributes: np.ndarray
     box: np.ndarray | None = None
     landmarks: np.ndarray | None = None
+    visible: np.ndarray | None = None
+    subsets: list[str] = msgspec.field(default_factory=list)
     mask: bytes | None = None
     polylines: np.ndarray | None = None
     drawings: list[bytes] = msgspec.field(default_factory=list)
@@ -81,6 +85,11 @@ class Record(msgspec.Struct, kw_only=True, frozen=True, eq=False, omit_defaults=
             self._check("box", self.box, np.float32, (4,))
         if self.landmarks is not None:
             self._check("landmarks", self.landmarks, np.float32, (len(self.landmarks), 2))
+        if self.visible is not None:
+            points = 0 if self.landmarks is None else len(self.landmarks)
+            self._check("visible", self.visible, np.int8, (points,))
+            if np.any((self.visible != 0) & (self.visible != 1)):
+                raise ValueError(f"record {self.id!r}: visible must be 0 or 1")
         if self.polylines is not None:
             self._check("polylines", self.polylines, np.float32, (len(self.polylines), 3))
 
