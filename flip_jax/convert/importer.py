@@ -22,8 +22,8 @@ from flip_jax.convert.clip import read_clip, read_farl
 from flip_jax.convert.conversion import ConversionError, whole_or_absent
 from flip_jax.convert.foreign import Foreign, Options
 from flip_jax.convert.official import read_official
-from flip_jax.convert.position_table import resize_position_table
 from flip_jax.data.tokenizer import Tokenizer
+from flip_jax.models.position_table import resize_position_table
 from flip_jax.weights import VOCAB_FILE
 
 READERS = {"flip": read_official, "clip": read_clip, "bert": read_bert, "farl": read_farl}
