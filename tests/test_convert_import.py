@@ -18,8 +18,8 @@ from flip_jax.convert.check import compare, compare_bits
 from flip_jax.convert.conversion import ConversionError, import_torch, whole_or_absent
 from flip_jax.convert.foreign import Options
 from flip_jax.convert.importer import import_weights
-from flip_jax.models.position_table import resize_position_table
 from flip_jax.data import tokenizer
+from flip_jax.models.position_table import resize_position_table
 from flip_jax.named_arrays import named_leaves
 
 

@@ -63,7 +63,9 @@ def write_published(
         source.append(f"captions={captions}")
     finish = functools.partial(_finish, captions=captions)
     report = BuildReport()
-    with RecordWriter(out_dir, "; ".join([name, *source]), overwrite=overwrite) as writer:
+    classes = reader.CLASSES if reader.SAMPLE is ParsingSample else ()
+    written = {"overwrite": overwrite, "mask_classes": classes}
+    with RecordWriter(out_dir, "; ".join([name, *source]), **written) as writer:
         drafts = tqdm(_drafts(splits), name, sum(map(len, splits)), disable=None)
         write_records(writer, report, iter(drafts), finish, threads)
         report.check(max_bad_fraction)

@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class RecordWriter:
       source: where the data comes from, for the manifest.
       overwrite: replace a data set that is already there.
       shard_bytes: size after which the next shard begins.
+      mask_classes: names of the classes of the masks, for the manifest.
 
     Raises:
       ValueError: `out_dir` is not empty and `overwrite` is off, or it holds anything but a data
@@ -55,9 +56,11 @@ class RecordWriter:
         *,
         overwrite: bool = False,
         shard_bytes: int = 256 * 2**20,
+        mask_classes: Sequence[str] = (),
     ):
         self.out_dir = Path(out_dir).absolute()
         self._source, self._shard_bytes = source, shard_bytes
+        self._mask_classes = list(mask_classes)
         self._writers: dict[str, _SplitWriter] = {}
         self._ids: set[str] = set()
         if self.out_dir.exists() and (not self.out_dir.is_dir() or any(self.out_dir.iterdir())):
@@ -114,6 +117,7 @@ class RecordWriter:
             source=self._source,
             groups_in_several_splits=sum(count > 1 for count in seen.values()),
             splits=splits,
+            mask_classes=self._mask_classes,
         )
         text = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
         (self._folder / MANIFEST).write_bytes(text)

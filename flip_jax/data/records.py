@@ -194,6 +194,9 @@ class Manifest(msgspec.Struct, kw_only=True):
     splits: dict[str, Split]
     # Of a curation: how many samples each stage saw and dropped, and why, as `stage/name`.
     counts: dict[str, int] = msgspec.field(default_factory=dict)
+    # Names of the classes of the masks, in the order of their numbers, background first; empty
+    # where there are no masks, or nobody said.
+    mask_classes: list[str] = msgspec.field(default_factory=list)
 
 
 class _Version(msgspec.Struct):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from flip_jax.config import DrawnConfig
 from flip_jax.data.attributes import ATTRIBUTES, UNKNOWN
 from flip_jax.data.captions import captions
-from flip_jax.data.drawn_faces import draw_face
+from flip_jax.data.drawn_faces import PARSING_CLASSES, draw_face
 from flip_jax.data.record_build import BuildReport, Finished, Rejected, write_records
 from flip_jax.data.record_writer import RecordWriter
 from flip_jax.data.records import (
@@ -327,7 +327,8 @@ def write_drawn(
     ]
     cores = (os.cpu_count() or 1) if processes is None else processes
     processes = max(min(cores, len(tasks) // _PICTURES_PER_PROCESS), 1)
-    with RecordWriter(out_dir, source, overwrite=overwrite) as writer:
+    options = {"overwrite": overwrite, "mask_classes": PARSING_CLASSES}
+    with RecordWriter(out_dir, source, **options) as writer:
         for split, record in tqdm(
             _draw_all(tasks, processes), "drawing faces", len(tasks), disable=None
         ):

@@ -167,36 +167,57 @@ class Backbone:
 
     def stream_rows(self, function: Callable[..., Any], *rows: Rows) -> Iterator[Any]:
         """As `map_rows`, yielding the results batch by batch, in order."""
-        total = len(rows[0])
-        if not total or any(len(array) != total for array in rows):
-            raise ValueError(
-                f"rows of length {', '.join(str(len(array)) for array in rows)}: must be equal, "
-                "and at least 1"
-            )
-        sharding = partition.batch_sharding(self.mesh)
 
-        def load(start: int) -> tuple[list[np.ndarray], int]:
-            batch = [np.asarray(array[start : start + self.batch_size]) for array in rows]
-            count = len(batch[0])
-            # Filled up to a power of two, so few shapes are ever compiled.
-            size = min(1 << (count - 1).bit_length(), self.batch_size)
-            padding = -(-size // self.mesh.size) * self.mesh.size - count
-            return [np.concatenate([b, np.repeat(b[-1:], padding, 0)]) for b in batch], count
+        def apply(*batch: Array) -> Any:
+            return _apply(function, self.graphdef, self.params, *batch)
 
-        waiting = None
-        with ThreadPoolExecutor(1) as pool:
-            starts = range(0, total, self.batch_size)
-            ahead = pool.submit(load, 0)
-            for start in starts:
-                batch, count = ahead.result()
-                if start != starts[-1]:
-                    ahead = pool.submit(load, start + self.batch_size)
-                placed = jax.device_put(batch, sharding)
-                result = _apply(function, self.graphdef, self.params, *placed)
-                if waiting is not None:
-                    yield _on_host(*waiting)
-                waiting = result, count
-        yield _on_host(*waiting)
+        yield from stream_batches(apply, self.mesh, self.batch_size, *rows)
+
+
+def stream_batches(
+    function: Callable[..., Any], mesh: jax.sharding.Mesh, batch_size: int, *rows: Rows
+) -> Iterator[Any]:
+    """Yields `function(*batches)` as numpy trees, in order, rows cut over the devices of a mesh.
+
+    The next batch is made while the devices work on the one before.
+
+    Args:
+      function: one row out per row in.
+      batch_size: a multiple of the number of devices.
+      rows: see `Backbone.map_rows`.
+
+    Raises:
+      ValueError: no row, or different lengths.
+    """
+    total = len(rows[0])
+    if not total or any(len(array) != total for array in rows):
+        raise ValueError(
+            f"rows of length {', '.join(str(len(array)) for array in rows)}: must be equal, "
+            "and at least 1"
+        )
+    sharding = partition.batch_sharding(mesh)
+
+    def load(start: int) -> tuple[list[np.ndarray], int]:
+        batch = [np.asarray(array[start : start + batch_size]) for array in rows]
+        count = len(batch[0])
+        # Filled up to a power of two, so few shapes are ever compiled.
+        size = min(1 << (count - 1).bit_length(), batch_size)
+        padding = -(-size // mesh.size) * mesh.size - count
+        return [np.concatenate([b, np.repeat(b[-1:], padding, 0)]) for b in batch], count
+
+    waiting = None
+    with ThreadPoolExecutor(1) as pool:
+        starts = range(0, total, batch_size)
+        ahead = pool.submit(load, 0)
+        for start in starts:
+            batch, count = ahead.result()
+            if start != starts[-1]:
+                ahead = pool.submit(load, start + batch_size)
+            result = function(*jax.device_put(batch, sharding))
+            if waiting is not None:
+                yield _on_host(*waiting)
+            waiting = result, count
+    yield _on_host(*waiting)
 
 
 def probe_blocks(depth: int) -> tuple[int, ...]:

@@ -24,6 +24,8 @@ class Faces:
       groups: int64 [N], the same as numbers from 0 on.
       attributes: int8 [N, 40], 1 present, 0 absent, -1 unknown.
       captions: [N] lists of captions, which may be empty.
+      masked: bool [N], whether a record has a mask.
+      points: int64 [N], its number of landmarks; 0 = none.
       images: uint8 [N, S, S, 3], decoded when sliced.
       bad: what is wrong with each record that was passed over.
     """
@@ -69,6 +71,8 @@ class Faces:
         self.groups = np.unique(self.group_ids, return_inverse=True)[1]
         self.attributes = np.stack([record.attributes for record in records])
         self.captions = [record.captions for record in records]
+        self.masked = np.array([record.mask is not None for record in records])
+        self.points = np.array([0 if r.landmarks is None else len(r.landmarks) for r in records])
         self.images = Pictures(self)
 
     def __len__(self) -> int:
@@ -91,6 +95,7 @@ class Faces:
         some.source, some.image_size, some.threads = self.source, self.image_size, self.threads
         some.bad = self.bad
         some.numbers, some.attributes = self.numbers[rows], self.attributes[rows]
+        some.masked, some.points = self.masked[rows], self.points[rows]
         some.ids, some.group_ids, some.captions = (
             [values[row] for row in rows] for values in (self.ids, self.group_ids, self.captions)
         )
@@ -133,7 +138,7 @@ class Pictures:
 
 
 def _usable(source: RecordSource, threads: int, bad: list[str]) -> Iterator[tuple[int, Record]]:
-    """(number, record without its picture) of every record that decodes, in order."""
+    """(number, record without its pictures) of every record that decodes, in order."""
 
     def inspect(number: int) -> Record | str:
         try:
@@ -146,6 +151,8 @@ def _usable(source: RecordSource, threads: int, bad: list[str]) -> Iterator[tupl
             image=b"",
             captions=record.captions,
             attributes=record.attributes,
+            landmarks=record.landmarks,
+            mask=None if record.mask is None else b"",
         )
 
     chunk = 64 * threads

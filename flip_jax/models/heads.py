@@ -5,9 +5,9 @@
 
 Source: arXiv 2112.03109 (FaRL), section 4: the outputs of four blocks become a pyramid
 (`DenseNeck`, as in arXiv 2106.08254), UPerNet (arXiv 1807.10221) makes one map of it, a 1x1
-convolution reads classes or points. Running statistics of BatchNorm are `nnx.BatchStat`, everything else `nnx.Param`,
-so that `nnx.split(head, nnx.Param, nnx.BatchStat)` gives them as two dicts; a call with
-`train=True` writes the new statistics into the module.
+convolution reads classes or points. Running statistics of BatchNorm are `nnx.BatchStat`, everything
+else `nnx.Param`, so that `nnx.split(head, nnx.Param, nnx.BatchStat)` gives them as two dicts; a
+call with `train=True` writes the new statistics into the module.
 
 Dims: B pictures, G patches per side, D tower width, C channels of the head, K classes or points.
 Maps are float32 [B, height, width, channels].
