@@ -188,7 +188,7 @@ def test_a_step_by_hand(backbone, faces):
     @jax.jit
     @jax.grad
     def grad(params):
-        arrays = dense_training.DenseArrays(params, start.stats)
+        arrays = dense_training.DenseArrays(params, jax.tree.map(jnp.asarray, start.stats))
         return loss(graph(tower, arrays, batch["image"], True, key)[0], batch)
 
     grads = grad(start.params)
@@ -231,10 +231,10 @@ def test_fine_tuning_moves_the_tower_and_frozen_does_not(backbone, faces):
 
 
 def test_the_loss_of_a_fixed_set_falls(backbone, faces):
-    recipe = dataclasses.replace(RECIPE, epochs=30, evaluate_every=10)
+    recipe = dataclasses.replace(RECIPE, epochs=45, rates=(1e-2,) * 4, evaluate_every=20)
     found = run(net_on(backbone), faces.take(range(8)), recipe)
-    assert found.epochs.tolist() == [10, 20, 30]
-    assert found.loss[-1] < 0.6 * found.loss[0]
+    assert found.epochs.tolist() == [20, 40, 45]
+    assert found.loss[-1] < 1.7 < 2.3 < found.loss[0]  # log 19 = 2.94 at the start
 
 
 def test_divergence_is_an_error(backbone, faces):

@@ -10,6 +10,7 @@ Source: arXiv 2112.03109 (FaRL) and arXiv 1906.01342 (RoI tanh-warping).
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import cv2
@@ -86,6 +87,11 @@ class Geometry:
             points = (tanh_unwarp(warped, self.factor) + 1) * (self.size / 2) - 0.5
         return (points - self.matrix[:, 2]) @ np.linalg.inv(self.matrix[:, :2]).T
 
+    @functools.cached_property
+    def sources(self) -> np.ndarray:
+        """float64 [S, S, 2]: where in the picture each pixel of the network's input is."""
+        return self.inverse(_pixels(self.size, self.size))
+
     def then(self, square: np.ndarray) -> Geometry:
         """With an affine map [2, 3] of the square after the matrix, before the warp."""
         whole = np.vstack([self.matrix, (0, 0, 1)])
@@ -102,7 +108,7 @@ class Geometry:
             return resize_image(image, self.size)  # exactly what the encoder is used to
         scale = np.minimum(np.linalg.norm(self.matrix[:, :2], axis=0), 1.0)
         small = tuple(int(n) for n in np.maximum(np.round(scale * (width, height)), 1))
-        grid = self.inverse(_pixels(self.size, self.size))
+        grid = self.sources
         if small != (width, height):
             image = np.asarray(Image.fromarray(image).resize(small, Image.Resampling.BICUBIC))
             grid = (grid + 0.5) * (np.array(small) / (width, height)) - 0.5
@@ -113,7 +119,7 @@ class Geometry:
     def place_mask(self, mask: np.ndarray) -> np.ndarray:
         """uint8 [H, W] -> uint8 [S, S], the nearest pixel; 0 where the picture has nothing."""
         height, width = mask.shape
-        x, y = np.moveaxis(np.floor(self.inverse(_pixels(self.size, self.size)) + 0.5), -1, 0)
+        x, y = np.moveaxis(np.floor(self.sources + 0.5), -1, 0)
         inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
         x, y = (np.where(inside, n, 0).astype(np.int64) for n in (x, y))
         return np.where(inside, mask[y, x], 0).astype(np.uint8)
