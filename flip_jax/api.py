@@ -84,7 +84,7 @@ class FlipModel:
             return jax.jit(lambda params, *arrays: method(nnx.merge(graphdef, params), *arrays))
 
         self._image = jitted(flip.Flip.encode_image)
-        self._text = jitted(lambda model, *texts: model.encode_text(*texts)[1])
+        self._text = jitted(flip.Flip.embed_text)
         self._match = jitted(flip.Flip.match)
 
     def preprocess(self, pictures: Picture | Sequence[Picture]) -> np.ndarray:

@@ -274,7 +274,7 @@ def _state_function(blocks: tuple[int, ...], last_normed: bool) -> Callable[...,
 
 def image_embedding(model: flip.Flip, image: Array) -> Array:
     """Joint embeddings float32 [B, E], unit norm; a function for `Backbone.map_rows`."""
-    return model.encode_image(image)[1]
+    return model.embed_image(image)
 
 
 def _image_tokens(model: flip.Flip, image: Array) -> Array:
@@ -282,7 +282,7 @@ def _image_tokens(model: flip.Flip, image: Array) -> Array:
 
 
 def _embed_texts(model: flip.Flip, token_ids: Array, token_mask: Array) -> Array:
-    return model.encode_text(token_ids, token_mask)[1]
+    return model.embed_text(token_ids, token_mask)
 
 
 def _match_enc(model: flip.Flip, token_ids: Array, token_mask: Array, tokens: Array) -> Array:

@@ -259,7 +259,7 @@ class RetrievalEvaluator:
             return nnx.merge(graphdef, params).encode_image(image)
 
         def encode_text(params, token_ids, token_mask):
-            embed = nnx.merge(graphdef, params).encode_text(token_ids, token_mask)[1]
+            embed = nnx.merge(graphdef, params).embed_text(token_ids, token_mask)
             return embed, token_ids, token_mask
 
         def match(params, token_ids, token_mask, image_tokens, image_index):

@@ -60,14 +60,16 @@ def flip_loss(
     model = nnx.merge(graphdef, params)
 
     def encode(keys, image, texts):
-        image_tokens, image_embed = model.encode_image(image, keys[0])
-        return image_tokens, {"image": image_embed, "text": model.encode_text(*texts, keys[1])[1]}
+        if weights.itm:
+            image_tokens, image_embed = model.encode_image(image, keys[0])
+        else:
+            image_tokens, image_embed = None, model.embed_image(image, keys[0])
+        return image_tokens, {"image": image_embed, "text": model.embed_text(*texts, keys[1])}
 
     def encode_twin(key, image, texts):
         twin = nnx.merge(graphdef, params | momentum)
         # As in the reference the twins run in train mode: their text dropout is active.
-        text_embed = twin.encode_text(*texts, key)[1]
-        return {"image": twin.encode_image(image)[1], "text": text_embed}
+        return {"image": twin.embed_image(image), "text": twin.embed_text(*texts, key)}
 
     parts = cfg.optim.accum_steps
     image_tokens, embeds = in_parts(encode, parts)(tuple(keys[:2]), image, compared)

@@ -7,6 +7,8 @@ feed-forward and is skipped when no image is given (text mode).
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -72,11 +74,14 @@ class TextBlock(nnx.Module):
         image_tokens: Array | None,
         image_index: ImageIndex,
         key: Array | None,
+        *,
+        first_only: bool = False,
     ) -> Array:
+        """[N, S, D] -> [N, S, D], or of the first token alone, [N, 1, D], with `first_only`."""
         keys = [None] * 5 if key is None else jax.random.split(key, 5)
-        attended = self.attn(
-            x, self.attn.keys_values(x), mask, dropout_rate=self.dropout, dropout_key=keys[0]
-        )
+        keys_values = self.attn.keys_values(x)
+        x = x[:, :1] if first_only else x
+        attended = self.attn(x, keys_values, mask, dropout_rate=self.dropout, dropout_key=keys[0])
         x = self.ln_attn(x + dropout(attended, self.dropout, keys[1]))
         if image_tokens is not None:
             # Keys and values once per image; the rows that look at it share them.
@@ -111,6 +116,7 @@ class Bert(nnx.Module):
         image_index: ImageIndex = None,
         key: Array | None = None,
         *,
+        first_only: bool = False,
         return_blocks: bool = False,
     ) -> Array | tuple[Array, Array]:
         """Encode texts.
@@ -121,20 +127,28 @@ class Bert(nnx.Module):
           image_tokens: [M, Si, Dv]; None = text mode, cross-attention is skipped.
           image_index: the image that each text looks at, see `ImageIndex`.
           key: dropout; None = deterministic.
-          return_blocks: also return the output of every block.
+          first_only: compute the hidden state of the first token alone: the last block need not
+            look at the others again.
+          return_blocks: also return the output of every block; not with `first_only`.
 
         Returns:
-          hidden states [N, S, D]; with `return_blocks` also [L, N, S, D].
+          hidden states [N, S, D], with `first_only` [N, 1, D]; with `return_blocks` also
+          [L, N, S, D].
         """
         embed_key, blocks_key = (None, None) if key is None else jax.random.split(key)
         x = self.word_embed[...][token_ids] + self.position_embed[: token_ids.shape[1]]
         x = dropout(self.ln_embed(x), self.dropout, embed_key)
+
+        def apply(block: TextBlock, x: Array, key: Array | None, **options: bool) -> Array:
+            return block(x, token_mask, image_tokens, image_index, key, **options)
+
         x, blocks = scan_blocks(
             self.blocks,
             x,
-            lambda block, x, k: block(x, token_mask, image_tokens, image_index, k),
+            apply,
             key=blocks_key,
             remat=self.remat,
             collect=return_blocks,
+            last=partial(apply, first_only=True) if first_only else None,
         )
         return (x, blocks) if return_blocks else x

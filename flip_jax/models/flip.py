@@ -39,6 +39,10 @@ def unit_norm(x: Array) -> Array:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
 
 
+def _pixels(image: Array) -> Array:
+    return normalize_pixels(image) if image.dtype == jnp.uint8 else image
+
+
 class Flip(nnx.Module):
     """encode_image, encode_text and match.
 
@@ -70,9 +74,13 @@ class Flip(nnx.Module):
         Returns:
           image_tokens [B, Si, D] in the compute dtype; image_embed float32 [B, E], unit norm.
         """
-        pixels = normalize_pixels(image) if image.dtype == jnp.uint8 else image
-        tokens = self.vit(pixels, key)
+        tokens = self.vit(_pixels(image), key)
         return tokens, unit_norm(self.image_proj(tokens[:, 0].astype(jnp.float32)))
+
+    def embed_image(self, image: Array, key: Array | None = None) -> Array:
+        """The embedding of `encode_image` without the tokens, which costs less."""
+        tokens = self.vit(_pixels(image), key, first_only=True)
+        return unit_norm(self.image_proj(tokens[:, 0].astype(jnp.float32)))
 
     def encode_text(
         self, token_ids: Array, token_mask: Array, key: Array | None = None
@@ -85,6 +93,11 @@ class Flip(nnx.Module):
         """
         tokens = self.bert(token_ids, token_mask, key=key)
         return tokens, unit_norm(self.text_proj(tokens[:, 0].astype(jnp.float32)))
+
+    def embed_text(self, token_ids: Array, token_mask: Array, key: Array | None = None) -> Array:
+        """The embedding of `encode_text` without the tokens, which costs less."""
+        tokens = self.bert(token_ids, token_mask, key=key, first_only=True)
+        return unit_norm(self.text_proj(tokens[:, 0].astype(jnp.float32)))
 
     def match(
         self,
@@ -129,7 +142,7 @@ class Flip(nnx.Module):
         """
         if first_token == "enc":
             token_ids = jnp.asarray(token_ids).at[:, 0].set(self.enc_id)
-        fused = self.bert(token_ids, token_mask, image_tokens, image_index, key)
+        fused = self.bert(token_ids, token_mask, image_tokens, image_index, key, first_only=True)
         return fused[:, 0].astype(jnp.float32)
 
     def predict_hidden(self, image: Array, hidden: Array) -> Array:
@@ -141,11 +154,10 @@ class Flip(nnx.Module):
         Returns:
           float32 [B, M, P*P*3], see `models.mim`.
         """
-        pixels = normalize_pixels(image) if image.dtype == jnp.uint8 else image
         rows = jnp.arange(len(hidden))[:, None]
         patches = len(self.vit.position_embed[...]) - 1
         mask = jnp.zeros((len(hidden), patches), bool).at[rows, hidden].set(True)
-        tokens = self.vit.encode_hidden(pixels, mask, self.mim.mask_token[...])
+        tokens = self.vit.encode_hidden(_pixels(image), mask, self.mim.mask_token[...])
         return self.mim(tokens, hidden)
 
 

@@ -8,6 +8,7 @@ are float32. Dims: B rows, S tokens, D width, H heads, K head width (D = H * K),
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -181,6 +182,7 @@ def scan_blocks(
     key: Array | None,
     remat: str,
     collect: bool = False,
+    last: Callable[[nnx.Module, Array, Array | None], Array] | None = None,
 ) -> tuple[Array, Array | None]:
     """Run stacked blocks one after another with `lax.scan`.
 
@@ -191,19 +193,29 @@ def scan_blocks(
       key: split into one key per layer; None = deterministic.
       remat: `none`, `dots` (keeps matrix products) or `full` (recomputes whole blocks).
       collect: also return every block's output.
+      last: what to do with the last block instead of `apply`, where not all of its output is
+        needed; the result may have fewer tokens. Not with `collect`.
 
     Returns:
       (output of the last block, outputs of all blocks [L, B, S, D] or None)
     """
     graphdef, state = nnx.split(blocks)
     depth = jax.tree.leaves(state)[0].shape[0]
-    keys = None if key is None else jax.random.split(key, depth)
+    layers = state, (None if key is None else jax.random.split(key, depth))
 
-    def body(x: Array, layer):
-        params, layer_key = layer
-        x = rows_over_devices(apply(nnx.merge(graphdef, params), x, layer_key))
-        return x, (x if collect else None)
+    def body_of(apply: Callable[..., Array], **options: bool) -> Callable[..., Any]:
+        def body(x: Array, layer):
+            params, layer_key = layer
+            x = rows_over_devices(apply(nnx.merge(graphdef, params), x, layer_key))
+            return x, (x if collect else None)
 
-    if remat != "none":
-        body = jax.checkpoint(body, policy=_REMAT_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(body, rows_over_devices(x), (state, keys))
+        if remat == "none":
+            return body
+        return jax.checkpoint(body, policy=_REMAT_POLICIES[remat], **options)
+
+    body = body_of(apply, prevent_cse=False)  # a scan cannot undo the recomputation
+    x = rows_over_devices(x)
+    if last is None:
+        return jax.lax.scan(body, x, layers)
+    x, _ = jax.lax.scan(body, x, jax.tree.map(lambda a: a[:-1], layers))
+    return body_of(last)(x, jax.tree.map(lambda a: a[-1], layers))

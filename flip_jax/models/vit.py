@@ -62,9 +62,13 @@ class VisionBlock(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, *, first_only: bool = False) -> Array:
+        """[B, S, D] -> [B, S, D], or of the first token alone, [B, 1, D], with `first_only`."""
         h = self.ln_attn(x)
-        x = x + self.attn(h, self.attn.keys_values(h))
+        keys_values = self.attn.keys_values(h)
+        if first_only:
+            x, h = x[:, :1], h[:, :1]
+        x = x + self.attn(h, keys_values)
         return x + self.mlp(self.ln_mlp(x))
 
 
@@ -96,21 +100,29 @@ class VisionTransformer(nnx.Module):
         return grid.swapaxes(2, 3).reshape(rows, -1, p * p * 3)
 
     def __call__(
-        self, image: Array, key: Array | None = None, *, return_blocks: bool = False
+        self,
+        image: Array,
+        key: Array | None = None,
+        *,
+        first_only: bool = False,
+        return_blocks: bool = False,
     ) -> Array | tuple[Array, Array]:
         """Encode images.
 
         Args:
           image: float32 [B, H, W, 3], normalised by `normalize_pixels`.
           key: draws the patches to keep when `keep_patches` is set; None keeps all of them.
-          return_blocks: also return the raw (not normed) output of every block.
+          first_only: compute the class token alone: the last block need not look at the others
+            again.
+          return_blocks: also return the raw (not normed) output of every block; not with
+            `first_only`.
 
         Returns:
-          tokens [B, 1 + patches, D], class token first, after `post_norm`; with `return_blocks`
-          also [L, B, 1 + patches, D].
+          tokens [B, 1 + patches, D], class token first, after `post_norm`, with `first_only`
+          [B, 1, D]; with `return_blocks` also [L, B, 1 + patches, D].
         """
         x = self.patch_embed(self.patches(image).astype(self.dtype))
-        x, blocks = self._encode(x, key, return_blocks)
+        x, blocks = self._encode(x, key, collect=return_blocks, first_only=first_only)
         tokens = self.post_norm(x)
         return (tokens, blocks) if return_blocks else tokens
 
@@ -125,9 +137,11 @@ class VisionTransformer(nnx.Module):
         """
         x = self.patch_embed(self.patches(image).astype(self.dtype))
         x = jnp.where(hidden[..., None], mask_token.astype(x.dtype), x)
-        return self._encode(x, None, False)[0]
+        return self._encode(x, None)[0]
 
-    def _encode(self, x: Array, key: Array | None, collect: bool) -> tuple[Array, Array | None]:
+    def _encode(
+        self, x: Array, key: Array | None, *, collect: bool = False, first_only: bool = False
+    ) -> tuple[Array, Array | None]:
         """Embedded patches -> what comes out of the last block, and of every block."""
         position = self.position_embed[...].astype(x.dtype)
         x = x + position[1:]
@@ -142,6 +156,7 @@ class VisionTransformer(nnx.Module):
             key=None,
             remat=self.remat,
             collect=collect,
+            last=(lambda block, x, _: block(x, first_only=True)) if first_only else None,
         )
 
 
