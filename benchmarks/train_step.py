@@ -1,11 +1,15 @@
 """Pairs per second of the full training step at base size: flip_jax against PyTorch, in one run.
 
-    python benchmarks/train_step.py [--batch 8] [--steps 3] [--rounds 2]
+    python benchmarks/train_step.py [--batch 8] [--steps 3] [--captions grammar full]
 
 Both sides run the reference recipe in float32 on the CPU with the same weights and batch: two
 towers, momentum twins, ITC against the batch and the queue, ITM with two hard negatives, AdamW.
 The losses are compared first (without dropout, with given negatives); then the two are timed in
 turns, so that a busy machine slows both. The peer is `torch_peer.py`. Needs the extra [torch].
+
+`full` captions have 65 real tokens, the most there are. `grammar` captions have the lengths of
+those that the grammar writes: flip_jax cuts them to the first of `BUCKETS` that holds the longest,
+the peer pads them to 65 as the reference does; `pytorch, cut` is the peer on the same cut texts.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,9 +34,14 @@ from benchmarks import torch_peer
 from flip_jax import partition
 from flip_jax.config import Config, MeshConfig
 from flip_jax.convert import torch_flip
+from flip_jax.data.captions import captions
+from flip_jax.data.drawn_faces import draw_face
+from flip_jax.data.text_buckets import crop_texts
+from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.train import Compiled
 
 ALPHA = 0.4
+BUCKETS = (32, 40, 48, 56)
 
 
 def our_config(batch: int, dropout: float) -> Config:
@@ -49,18 +59,26 @@ def our_config(batch: int, dropout: float) -> Config:
     )
 
 
-def make_batch(batch: int, length: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random pixels and ids; every caption has `length` real tokens of 65."""
+def make_batch(lengths: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random pixels and ids; caption b has lengths[b] real tokens of 65."""
     rng = np.random.default_rng(seed)
-    ids = rng.integers(1000, 30_000, (batch, 65)).astype(np.int32)
+    ids = rng.integers(1000, 30_000, (len(lengths), 65)).astype(np.int32)
     ids[:, 0] = 101
-    mask = np.tile(np.arange(65) < length, (batch, 1))
+    mask = np.arange(65) < lengths[:, None]
     return {
-        "image": rng.normal(size=(batch, 224, 224, 3)).astype(np.float32),
+        "image": rng.normal(size=(len(lengths), 224, 224, 3)).astype(np.float32),
         "token_ids": np.where(mask, ids, 0),
         "token_mask": mask,
-        "group": np.arange(batch, dtype=np.int32),
+        "group": np.arange(len(lengths), dtype=np.int32),
     }
+
+
+def grammar_lengths(batch: int, seed: int = 0) -> np.ndarray:
+    """Tokens of captions that the grammar writes about drawn people, at most 65."""
+    tokenizer = Tokenizer.load("grammar", 65)
+    faces = (draw_face(seed, identity, picture=0, size=64) for identity in range(batch))
+    texts = [captions(face.attributes, seed, count=1)[0] for face in faces]
+    return tokenizer(texts)[1].sum(axis=1)
 
 
 def torch_batch(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
@@ -98,14 +116,14 @@ class Sides:
         return torch_peer.train_step(self.peer, self.optimizer, batch | extra, ALPHA)
 
 
-def assert_same_losses(batch: dict[str, np.ndarray]) -> None:
+def assert_same_losses(ours_batch: dict, theirs_batch: dict) -> None:
     """One step of each side without dropout, with the same negatives."""
-    size = len(batch["group"])
+    size = len(ours_batch["group"])
     sides = Sides(size, dropout=0.0)
     drawn = (np.arange(size) + 1) % size
-    ours = sides.ours(batch | {"negatives": {"image": drawn, "text": drawn}})
+    ours = sides.ours(ours_batch | {"negatives": {"image": drawn, "text": drawn}})
     given = torch.from_numpy(drawn)
-    theirs = sides.theirs(torch_batch(batch), negatives=(given, given))
+    theirs = sides.theirs(torch_batch(theirs_batch), negatives=(given, given))
     for name, value in ours.items():
         if abs(value - theirs[name]) > 1e-4:
             raise AssertionError(f"{name}: {value} here, {theirs[name]} in PyTorch")
@@ -118,32 +136,50 @@ def timed(step: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def compare(kind: str, size: int, steps: int) -> dict[str, Any]:
+    """One row: the sides on captions of a kind, timed in turns."""
+    lengths = grammar_lengths(size) if kind == "grammar" else np.full(size, 65)
+    padded = make_batch(lengths)
+    cut = crop_texts(padded, BUCKETS, lambda value: [value])
+    assert_same_losses(cut, padded)
+    sides = Sides(size, dropout=0.1)
+    peer_padded, peer_cut = torch_batch(padded), torch_batch(cut)
+    calls = {"flip_jax": lambda: sides.ours(cut), "pytorch": lambda: sides.theirs(peer_padded)}
+    if kind == "grammar":
+        calls["pytorch, cut"] = lambda: sides.theirs(peer_cut)
+    first = {name: timed(call) for name, call in calls.items()}
+    times = {name: [] for name in calls}
+    for _ in range(steps):
+        for name, call in calls.items():
+            times[name].append(timed(call))
+    median = {name: statistics.median(values) for name, values in times.items()}
+    for name, seconds in median.items():
+        ratio = seconds / median["flip_jax"]
+        print(f"{kind:8} {name:13} {size / seconds:6.3f} pairs/s {seconds:6.2f} s {ratio:5.2f}")
+    return {
+        "captions": kind,
+        "mean_tokens": float(lengths.mean()),
+        "columns": cut["token_ids"].shape[1],
+        "pairs_per_second": {name: size / seconds for name, seconds in median.items()},
+        "ratio": {name: seconds / median["flip_jax"] for name, seconds in median.items()},
+        "first_step_seconds": first,
+        "seconds": times,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=65, help="real tokens per caption")
+    parser.add_argument(
+        "--captions", nargs="+", choices=("grammar", "full"), default=["grammar", "full"]
+    )
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each side, in turns")
     args = parser.parse_args()
-    batch = make_batch(args.batch, args.length)
-    assert_same_losses(batch)
-    sides = Sides(args.batch, dropout=0.1)
-    peer_batch = torch_batch(batch)
-    compile_seconds = timed(lambda: sides.ours(batch))
-    sides.theirs(peer_batch)
-    times = {"flip_jax": [], "pytorch": []}
-    for _ in range(args.steps):
-        times["flip_jax"].append(timed(lambda: sides.ours(batch)))
-        times["pytorch"].append(timed(lambda: sides.theirs(peer_batch)))
-    median = {name: statistics.median(values) for name, values in times.items()}
+    rows = [compare(kind, args.batch, args.steps) for kind in args.captions]
     result = {
         "benchmark": "train_step",
         "batch": args.batch,
-        "tokens": args.length,
-        "flip_jax_pairs_per_second": args.batch / median["flip_jax"],
-        "pytorch_pairs_per_second": args.batch / median["pytorch"],
-        "ratio": median["pytorch"] / median["flip_jax"],
-        "first_step_seconds": compile_seconds,
-        "seconds": times,
+        "rows": rows,
         "jax": jax.__version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

@@ -185,6 +185,10 @@ class DataConfig:
     # What of its caption a picture is held against in the contrastive loss, drawn anew at each
     # visit: all of it, one sentence, or a block of sentences in a row. ITM always reads all of it.
     contrastive_text: Literal["caption", "sentence", "block"] = "caption"
+    # Lengths, in tokens, that texts are cut to where that cuts off nothing but padding: the first
+    # one that holds the longest text of the batch, else all of `model.text.max_length`. The step is
+    # compiled for each. With several processes they agree on it before every step.
+    text_buckets: tuple[int, ...] = ()
     threads: int = 2  # decoding threads per process
     workers: int = 0  # decoding processes; 0 = threads of this process only
     prefetch: int = 4  # batches
@@ -347,6 +351,13 @@ def _validate_training(cfg: Config) -> None:
         "optim.accum_steps",
         cfg.optim.accum_steps,
         f"must divide data.batch_size={batch}",
+    )
+    buckets, most = cfg.data.text_buckets, cfg.model.text.max_length
+    _require(
+        all(a < b for a, b in zip((2, *buckets), (*buckets, most), strict=True)),
+        "data.text_buckets",
+        buckets,
+        f"must ascend, from 3 to less than model.text.max_length={most}",
     )
     steps = cfg.profile.steps
     _require(

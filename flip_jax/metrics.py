@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TextIO
 
@@ -130,18 +131,16 @@ class StepTimer:
 
     Args:
       pairs_per_step: image-text pairs of a step, over all devices.
-      flops_per_pair: see `model_flops_per_pair`.
       peak: FLOP/s of all devices together; None = unknown, then no MFU is reported.
     """
 
-    def __init__(self, pairs_per_step: int, flops_per_pair: float, peak: float | None = None):
-        self._pairs_per_step, self._flops_per_pair = pairs_per_step, flops_per_pair
-        self._peak = peak
+    def __init__(self, pairs_per_step: int, peak: float | None = None):
+        self._pairs_per_step, self._peak = pairs_per_step, peak
         self._restart()
 
     def _restart(self) -> None:
         self._start = time.perf_counter()
-        self._steps, self._waited, self._paused = 0, 0.0, 0.0
+        self._steps, self._flops, self._waited, self._paused = 0, 0.0, 0.0, 0.0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -157,9 +156,10 @@ class StepTimer:
         yield
         self._paused += time.perf_counter() - start
 
-    def step(self) -> None:
-        """One training step was started."""
+    def step(self, flops_per_pair: float) -> None:
+        """One training step was started, of so much work, see `model_flops_per_pair`."""
         self._steps += 1
+        self._flops += flops_per_pair * self._pairs_per_step
 
     def report(self) -> dict[str, float]:
         """Rates since the last report, empty if there was no step.
@@ -169,18 +169,17 @@ class StepTimer:
           `mfu` (0..1, model FLOPs utilisation).
         """
         wall = time.perf_counter() - self._start - self._paused
-        steps, waited = self._steps, self._waited
+        steps, waited, flops = self._steps, self._waited, self._flops
         self._restart()
         if steps == 0:
             return {}
-        rate = steps * self._pairs_per_step / wall
         rates = {
-            "pairs_per_second": rate,
+            "pairs_per_second": steps * self._pairs_per_step / wall,
             "step_seconds": wall / steps,
             "data_wait_share": waited / wall,
         }
         if self._peak is not None:
-            rates["mfu"] = rate * self._flops_per_pair / self._peak
+            rates["mfu"] = flops / wall / self._peak
         return rates
 
 
@@ -190,7 +189,10 @@ def peak_flops(device: jax.Device) -> float | None:
     return next((PEAK_FLOPS[kind] for kind in kinds if device.device_kind.startswith(kind)), None)
 
 
-def model_flops_per_pair(cfg: Config) -> float:
+@cache
+def model_flops_per_pair(
+    cfg: Config, tokens: int | None = None, part_tokens: int | None = None
+) -> float:
     """FLOPs that the training step needs for one image-text pair: a matrix product is 2 m n k.
 
     Elementwise work and recomputation (`remat`) do not count. With N image tokens, S text tokens,
@@ -205,42 +207,48 @@ def model_flops_per_pair(cfg: Config) -> float:
     The three fused rows of a pair are its own, one with a negative image and one with a negative
     text; cross-attention keys and values, 4 N D_v D, are computed once per image. Where only the
     first token is read (texts, the twin of the ViT, the ViT itself without ITM) the last layer
-    computes no other, hence (L - 1) S + 1. A backward pass
-    costs twice the forward pass, except that nothing flows back into pixels (the patch embedding
-    counts twice, not three times). On top come the momentum twins (ViT on all tokens, text and
-    heads, forward only), the ITC similarities (2 directions, each for online embeddings and for
-    twins 2 C E for logits and 2 C E for the weighted sum of candidates, which makes the gradient)
-    and those for hard negatives (2 directions, each 2 B E). The sigmoid loss has no twins; its
-    similarities are 2 B E for logits and twice 2 B E for the gradients.
+    computes no other, hence (L - 1) S + 1. A backward pass costs twice the forward pass, except
+    that nothing flows back into pixels (the patch embedding counts twice, not three times). On top
+    come the momentum twins (ViT on all tokens, text and heads, forward only), the ITC similarities
+    (2 directions, each for online embeddings and for twins 2 C E for logits and 2 C E for the
+    weighted sum of candidates, which makes the gradient) and those for hard negatives (2
+    directions, each 2 B E). The sigmoid loss has no twins; its similarities are 2 B E for logits
+    and twice 2 B E for the gradients.
 
     At base size this is 0.310 TFLOP; the reference, which computes all tokens of the last layers
     and the cross-attention keys and values of each of the three rows, needs 0.357.
+
+    Args:
+      cfg: the config of the run.
+      tokens: columns of the batch's texts, S; None = `model.text.max_length`.
+      part_tokens: S of the texts of the contrastive loss; None = the same.
     """
     vision, text, width = cfg.model.vision, cfg.model.text, cfg.model.text.width
-    embed, batch, s = cfg.model.embed_dim, cfg.data.batch_size, cfg.model.text.max_length
+    embed, batch = cfg.model.embed_dim, cfg.data.batch_size
+    s = tokens or text.max_length
     n_all = vision.patches + 1
     n = n_all if vision.keep_patches is None else vision.keep_patches + 1
 
-    def tower(part: VisionConfig | TextConfig, tokens: int, first_only: bool) -> float:
-        d = part.width
-        keys_values, query = 4 * tokens * d**2, 4 * d**2 + 4 * tokens * d + 4 * d * part.mlp_width
-        queries = (part.depth - 1) * tokens + (1 if first_only else tokens)
-        return part.depth * keys_values + queries * query
+    def work(tower: VisionConfig | TextConfig, tokens: int, first_only: bool) -> float:
+        d = tower.width
+        keys_values, query = 4 * tokens * d**2, 4 * d**2 + 4 * tokens * d + 4 * d * tower.mlp_width
+        queries = (tower.depth - 1) * tokens + (1 if first_only else tokens)
+        return tower.depth * keys_values + queries * query
 
     patch_embed = 2 * vision.patches * 3 * vision.patch_size**2 * vision.width
-    vit = tower(vision, n, first_only=not cfg.loss.weights.itm)
-    bert = tower(text, s, first_only=True)
+    vit = work(vision, n, first_only=not cfg.loss.weights.itm)
+    bert = work(text, part_tokens or s, first_only=True)
     crossing = (text.depth - 1) * s + 1
     cross = text.depth * 4 * n * vision.width * width
     cross += 3 * crossing * (4 * width**2 + 4 * n * width)
-    fusion = 3 * bert + cross + 3 * 4 * width
+    fusion = 3 * work(text, s, first_only=True) + cross + 3 * 4 * width
     heads = 2 * vision.width * embed + 2 * width * embed
 
     online = 2 * patch_embed + 3 * (vit + bert + heads)
     if cfg.loss.weights.itm:
         online += 3 * fusion + 2 * 2 * batch * embed
     if cfg.loss.weights.mim:
-        blocks = tower(replace(vision, depth=vision.depth + cfg.model.mim_depth), n_all, False)
+        blocks = work(replace(vision, depth=vision.depth + cfg.model.mim_depth), n_all, False)
         hidden = round(cfg.loss.mim_share * vision.patches)
         out = 2 * hidden * vision.width * 3 * vision.patch_size**2
         online += 2 * patch_embed + 3 * (blocks + out)
@@ -248,7 +256,7 @@ def model_flops_per_pair(cfg: Config) -> float:
         return float(online + 3 * 2 * batch * embed)
     local = cfg.loss.local_batch if cfg.loss.candidates == "local" else batch
     similarities = 2 * 2 * 4 * (local + cfg.loss.queue_size) * embed
-    twins = patch_embed + tower(vision, n_all, first_only=True) + bert + heads
+    twins = patch_embed + work(vision, n_all, first_only=True) + bert + heads
     return float(online + twins + similarities)
 
 

@@ -23,8 +23,11 @@ def _allowed(value: Any, hint: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(_allowed(value, arg) for arg in args)
     if origin is tuple:
-        same = isinstance(value, tuple) and len(value) == len(args)
-        return same and all(map(_allowed, value, args))
+        if not isinstance(value, tuple):
+            return False
+        if args[-1] is ...:
+            args = args[:1] * len(value)
+        return len(value) == len(args) and all(map(_allowed, value, args))
     if hint in (int, float):
         number = isinstance(value, (int, float) if hint is float else int)
         return number and not isinstance(value, bool) and math.isfinite(value)
@@ -37,7 +40,8 @@ def _type_name(hint: Any) -> str:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_type_name(arg) for arg in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
-        return ",".join(_type_name(arg) for arg in typing.get_args(hint))
+        names = ("..." if arg is ... else _type_name(arg) for arg in typing.get_args(hint))
+        return ",".join(names)
     return "None" if hint is type(None) else hint.__name__
 
 

@@ -60,15 +60,11 @@ class StepLog:
             self._writer.close()
 
     def begin(self, step: int, cfg: Config) -> None:
-        """After `step` comes a step that is compiled first, of the FLOPs of `cfg`."""
+        """After `step` comes a step of `cfg` that is compiled first."""
         self.flush()
-        self._start = step
+        self._start, self._cfg = step, cfg
         peak = peak_flops(self._run.mesh.devices.flat[0])
-        self.timer = StepTimer(
-            cfg.data.batch_size,
-            model_flops_per_pair(cfg),
-            peak and peak * self._run.mesh.size,
-        )
+        self.timer = StepTimer(cfg.data.batch_size, peak and peak * self._run.mesh.size)
 
     def add(self, step: int, metrics: dict[str, Array], batch: dict[str, Any]) -> None:
         """Metrics of a step that was started; waits for the one `RUN_AHEAD` steps before."""
@@ -82,7 +78,8 @@ class StepLog:
             jax.block_until_ready(metrics)
             self.timer.report()  # throughput counts from here: the first step compiled
         else:
-            self.timer.step()
+            widths = (batch[n].shape[1] for n in ("token_ids", "part_ids") if n in batch)
+            self.timer.step(model_flops_per_pair(self._cfg, *widths))
 
     def flush(self) -> None:
         """Fetch what is pending, check it, write its mean as one line."""

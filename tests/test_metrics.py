@@ -78,12 +78,12 @@ def test_unwritable_workdir(tmp_path):
 def test_timer_counts_waiting_and_leaves_pauses_out(monkeypatch):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
-    timer = metrics.StepTimer(pairs_per_step=8, flops_per_pair=3.0, peak=48.0)
+    timer = metrics.StepTimer(pairs_per_step=8, peak=48.0)
     for _ in range(4):
         with timer.waiting():
             clock.now += 0.5
         clock.now += 1.5
-        timer.step()
+        timer.step(flops_per_pair=3.0)
     with timer.paused():
         clock.now += 100.0
     assert timer.report() == {
@@ -94,13 +94,13 @@ def test_timer_counts_waiting_and_leaves_pauses_out(monkeypatch):
     }
     assert timer.report() == {}
     clock.now += 1.0
-    timer.step()
+    timer.step(flops_per_pair=3.0)
     assert timer.report()["pairs_per_second"] == 8.0
 
 
 def test_no_mfu_without_a_peak():
-    timer = metrics.StepTimer(8, 3.0, metrics.peak_flops(jax.devices("cpu")[0]))
-    timer.step()
+    timer = metrics.StepTimer(8, metrics.peak_flops(jax.devices("cpu")[0]))
+    timer.step(3.0)
     assert set(timer.report()) == {"pairs_per_second", "step_seconds", "data_wait_share"}
 
 
@@ -158,20 +158,26 @@ def small_config(keep_patches, candidates) -> Config:
     )
 
 
-@pytest.mark.parametrize("keep_patches, candidates", [(None, "local"), (9, "global")])
-def test_flops_are_those_of_the_traced_step(keep_patches, candidates):
+@pytest.mark.parametrize(
+    "keep_patches, candidates, tokens, part_tokens",
+    [(None, "local", None, None), (9, "global", 5, 4)],
+)
+def test_flops_are_those_of_the_traced_step(keep_patches, candidates, tokens, part_tokens):
     cfg = small_config(keep_patches, candidates)
     tx = optax.sgd(1e-3)
     step = make_train_step(cfg, tx, lambda _: jnp.float32(1e-3), lambda _: jnp.float32(0.4))
     state = jax.eval_shape(lambda: init_state(cfg, tx))
+    text, part = (4, tokens or 7), (4, part_tokens or 7)
     batch = {
         "image": jax.ShapeDtypeStruct((4, 16, 16, 3), jnp.uint8),
-        "token_ids": jax.ShapeDtypeStruct((4, 7), jnp.int32),
-        "token_mask": jax.ShapeDtypeStruct((4, 7), jnp.bool_),
+        "token_ids": jax.ShapeDtypeStruct(text, jnp.int32),
+        "token_mask": jax.ShapeDtypeStruct(text, jnp.bool_),
+        "part_ids": jax.ShapeDtypeStruct(part, jnp.int32),
+        "part_mask": jax.ShapeDtypeStruct(part, jnp.bool_),
         "group": jax.ShapeDtypeStruct((4,), jnp.int32),
     }
     traced = matmul_flops(jax.make_jaxpr(step)(state, batch).jaxpr)
-    assert metrics.model_flops_per_pair(cfg) == traced / 4
+    assert metrics.model_flops_per_pair(cfg, tokens, part_tokens) == traced / 4
 
 
 def test_flops_at_base_size():

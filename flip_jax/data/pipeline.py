@@ -31,6 +31,7 @@ from flip_jax.config import DataConfig
 from flip_jax.data import transforms
 from flip_jax.data.records import BadRecord, Record, RecordSource, group_number
 from flip_jax.data.sub_captions import draw_part
+from flip_jax.data.text_buckets import crop_texts
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.data.transforms import BadImage
 
@@ -146,7 +147,8 @@ class TrainPipeline:
     `token_ids` int32 [b, L], `token_mask` bool [b, L], `group` int32 [b] (see `group_number`),
     `index` int64 [b] (the record used), `bad` int32 [b] (records just before it, wrapping around,
     that could not be used and were passed over); with `cfg.contrastive_text` other than `caption`
-    also `part_ids`, `part_mask` [b, L], the part of the caption.
+    also `part_ids`, `part_mask` [b, L], the part of the caption. `batches` cuts L to one of
+    `cfg.text_buckets`.
 
     Every n consecutive rows of the global stream from a multiple of n on, n = len(source), come
     from every record once (a bad one is replaced by the next good one). A caption is drawn among
@@ -223,9 +225,7 @@ class TrainPipeline:
                 per_worker_buffer_size=max(cfg.prefetch // cfg.workers, 1),
             )
             dataset = dataset.mp_prefetch(options, worker_init_fn=_end_with_parent).map(_own)
-        return BatchStream(
-            iter(dataset), self.source, cfg.max_bad_fraction, self._gather, self._count_every
-        )
+        return BatchStream(iter(dataset), self.source, cfg, self._gather, self._count_every)
 
 
 class BatchStream(Iterator[Batch]):
@@ -242,11 +242,12 @@ class BatchStream(Iterator[Batch]):
         self,
         batches: Any,
         source: RecordSource,
-        max_bad_fraction: float,
+        cfg: DataConfig,
         gather: Gather,
         count_every: int,
     ):
-        self._batches, self._source, self._limit = batches, source, max_bad_fraction
+        self._batches, self._source = batches, source
+        self._limit, self._buckets = cfg.max_bad_fraction, cfg.text_buckets
         self._gather, self._count_every = gather, count_every
         self._steps = self.seen = self.bad = 0
         self._bad_numbers: dict[int, None] = {}  # an ordered set
@@ -269,7 +270,7 @@ class BatchStream(Iterator[Batch]):
             self._count(batch)
         if self._steps % self._count_every == 0:
             self._check()
-        return batch
+        return crop_texts(batch, self._buckets, self._gather)
 
     def _count(self, batch: Batch) -> None:
         for used, bad in zip(batch["index"].tolist(), batch["bad"].tolist(), strict=True):
