@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("task", choices=("retrieval", "attributes", "slfir", "zero_shot", "suite"))
+    add("task", choices=("retrieval", "attributes", "slfir", "zero_shot", "parsing", "suite"))
     add(
         "--checkpoint",
         action="append",

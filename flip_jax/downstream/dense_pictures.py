@@ -29,12 +29,14 @@ class DensePicture:
       mask: uint8 [H, W], class numbers, or None.
       landmarks: float32 [P, 2], or None.
       box: float32 [4], or None.
+      name: of the record, for messages.
     """
 
     image: np.ndarray
     mask: np.ndarray | None
     landmarks: np.ndarray | None
     box: np.ndarray | None
+    name: str = "picture"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -61,7 +63,7 @@ def read_picture(faces: Faces, row: int) -> DensePicture:
                 f"{where}: a mask of {list(mask.shape)} pixels for a picture of "
                 f"{list(image.shape[:2])}"
             )
-    return DensePicture(image, mask, record.landmarks, record.box)
+    return DensePicture(image, mask, record.landmarks, record.box, where)
 
 
 class Squares:

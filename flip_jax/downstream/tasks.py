@@ -26,6 +26,7 @@ TASKS = {
     "attributes": "flip_jax.downstream.attributes",
     "slfir": "flip_jax.downstream.slfir",
     "zero_shot": "flip_jax.downstream.zero_shot",
+    "parsing": "flip_jax.downstream.parsing",
 }
 
 
