@@ -1,0 +1,102 @@
+"""The comparison of recipes: what each row changes, and the arithmetic of the table."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import recipes, recipes_table  # noqa: E402
+from flip_jax import config  # noqa: E402
+from flip_jax.data.sources import write_drawn  # noqa: E402
+
+DEBUG = config.load(ROOT / "configs" / "debug.py")
+
+
+def changed(old, new, path=""):
+    if not isinstance(old, dict):
+        return set() if old == new else {path}
+    return {p for name in old for p in changed(old[name], new[name], f"{path}.{name}".lstrip("."))}
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    return write_drawn(DEBUG.data.drawn, tmp_path_factory.mktemp("recipes") / "data", processes=1)
+
+
+def test_a_row_changes_one_thing(drawn):
+    base, *rows = (recipes.row_config(row, DEBUG, 3, 80, drawn) for row in recipes.RECIPES)
+    assert base.epochs == 10 / 6 and base.loss.alpha_ramp_epochs == pytest.approx(10 / 9)
+    assert (base.seed, base.data.path) == (3, str(drawn))
+    found = dict(zip(list(recipes.RECIPES)[1:], rows, strict=True))
+    fields = {row: changed(config.to_dict(base), config.to_dict(cfg)) for row, cfg in found.items()}
+    assert fields == {
+        "ignore": {"loss.same_group"},
+        "positive": {"loss.same_group"},
+        "global": {"loss.candidates"},
+        "sentence": {"data.contrastive_text"},
+        "block": {"data.contrastive_text"},
+        "sigmoid": {"loss.contrastive", "loss.temperature", "model.logit_bias"},
+        "masked50": {"model.vision.keep_patches", "unmasked_epochs"},
+        "masked75": {"model.vision.keep_patches", "unmasked_epochs"},
+        "mim": {"loss.weights.mim", "model.mim_depth"},
+    }
+    kept = [found[name].model.vision.keep_patches for name in ("masked50", "masked75")]
+    assert kept == [2, 1] and found["masked50"].unmasked_epochs == base.epochs / 15
+
+
+def test_the_small_config_is_the_reference_but_for_sizes_and_cures():
+    small, base = config.load(ROOT / "configs" / "recipes.py"), config.Config()
+    same = ("contrastive", "candidates", "same_group", "momentum", "alpha", "weights")
+    assert all(getattr(small.loss, n) == getattr(base.loss, n) for n in same)
+    assert small.data.batch_size / small.loss.local_batch == base.data.batch_size / 80
+
+
+def test_mean_deviation_and_interval():
+    reference = {"0": {"x": 1.0}, "1": {"x": 2.0}, "2": {"x": 6.0}}
+    runs = {"0": {"x": 2.0, "y": 1.0}, "1": {"x": 5.0}, "2": {"x": 8.0}}
+    found = recipes_table._summary(runs, reference)
+    assert found["seeds"] == 3
+    number = found["metrics"]["x"]
+    assert number["mean"] == 5 and number["deviation"] == 3 and number["difference"] == 2
+    # Student's t with two degrees of freedom: 4.303 standard errors.
+    assert number["half_width"] == pytest.approx(4.303 * 1 / np.sqrt(3), rel=1e-3)
+    assert found["metrics"]["y"] == {"mean": 1.0, "deviation": None, "seeds": 1}
+    assert recipes_table._cell(number) == "5.00 ± 3.00 (+2.00 ± 2.48)"
+    assert recipes_table.half_width([1.0]) is None
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path):
+    """Two recipes, one stopped and gone on with; the second call does nothing but the table."""
+    fields = ["--attributes.epochs=1", "--attributes.rates=0.1", "--attributes.resamples=10"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "recipes.py"), "--config"]
+    command += [str(ROOT / "configs" / "debug.py"), "--out", str(tmp_path), "--seeds=1"]
+    command += ["--pairs=24", "--recipes", "reference", "sentence", *fields]
+
+    def call(*more):
+        run = subprocess.run(
+            [*command, *more], cwd=tmp_path, capture_output=True, text=True, timeout=500
+        )
+        assert run.returncode == 0, run.stderr
+        return run.stdout
+
+    first, second = call(), call()
+    assert "== drawn, sentence, seed 0" in first and "== drawn, sentence" not in second
+    assert second.count("is done, with the same weights") == 2
+    assert "reference" in call("--time", "--steps=2")
+    page = (tmp_path / "recipes.md").read_text().splitlines()
+    assert page[0].startswith("| data | recipe | seeds | mean recall, cosine |")
+    assert page[0].endswith("step time |")
+    names = [line.split(" | ")[1] for line in page[2:]]
+    assert names == ["chance", "before training", "reference", "sentence"]
+    found = json.loads((tmp_path / "recipes.json").read_text())
+    run = found["runs"]["drawn"]["sentence"]["0"]
+    results = json.loads((tmp_path / "drawn" / "sentence-0" / "results.json").read_text())
+    assert run["recall reranked"] == pytest.approx(results["trained"]["mean_recall"])
+    assert 0 < run["probe AP"] <= 100
