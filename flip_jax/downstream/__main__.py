@@ -54,7 +54,8 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("task", choices=("retrieval", "attributes", "slfir", "zero_shot", "parsing", "suite"))
+    tasks = ("retrieval", "attributes", "slfir", "zero_shot", "parsing", "alignment", "suite")
+    add("task", choices=tasks)
     add(
         "--checkpoint",
         action="append",

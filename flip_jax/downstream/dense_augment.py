@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from flip_jax.data.landmark_schemes import SCHEMES, scheme_of
+
 
 @dataclass(frozen=True)
 class Augment:
@@ -143,36 +145,16 @@ def flip_mask(mask: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
     return table[mask]
 
 
-# Point n of a mirrored face is point `MIRRORED_POINTS[n]` of the face, by the number of landmarks.
-_JAW = tuple(range(16, -1, -1))
-MIRRORED_POINTS = {
-    5: np.array((1, 0, 2, 4, 3)),
-    68: np.array(
-        (
-            *_JAW,
-            *range(26, 16, -1),
-            *range(27, 31),
-            *range(35, 30, -1),
-            *(45, 44, 43, 42, 47, 46),
-            *(39, 38, 37, 36, 41, 40),
-            *range(54, 47, -1),
-            *range(59, 54, -1),
-            *range(64, 59, -1),
-            *range(67, 64, -1),
-        )
-    ),
-}
-
-
 def flip_points(points: np.ndarray) -> np.ndarray:
-    """Mirrored points [P, 2] (moved already) in the order of their scheme.
+    """What is known of mirrored points, [P, ...] (moved already), in the order of their scheme.
 
     Raises:
       ValueError: no table for so many points.
     """
-    if len(points) not in MIRRORED_POINTS:
+    scheme = scheme_of(len(points))
+    if scheme is None:
         raise ValueError(
             f"augment.flip: which of {len(points)} landmarks are mirror images is not known, only "
-            f"of {', '.join(map(str, MIRRORED_POINTS))}; set flip=0"
+            f"of {', '.join(map(str, SCHEMES))}; set augment.flip=0"
         )
-    return points[MIRRORED_POINTS[len(points)]]
+    return points[scheme.mirror]

@@ -13,7 +13,7 @@ import numpy as np
 from flip_jax.data.pipeline import read_record
 from flip_jax.data.readers.reader import decode_mask
 from flip_jax.data.records import BadRecord
-from flip_jax.data.transforms import BadImage
+from flip_jax.data.transforms import BadImage, decode_image
 from flip_jax.downstream.dense_geometry import Geometry
 from flip_jax.downstream.faces import Faces
 
@@ -29,6 +29,7 @@ class DensePicture:
       mask: uint8 [H, W], class numbers, or None.
       landmarks: float32 [P, 2], or None.
       box: float32 [4], or None.
+      visible: int8 [P], of the landmarks, or None.
       name: of the record, for messages.
     """
 
@@ -36,6 +37,7 @@ class DensePicture:
     mask: np.ndarray | None
     landmarks: np.ndarray | None
     box: np.ndarray | None
+    visible: np.ndarray | None = None
     name: str = "picture"
 
     @property
@@ -63,7 +65,29 @@ def read_picture(faces: Faces, row: int) -> DensePicture:
                 f"{where}: a mask of {list(mask.shape)} pixels for a picture of "
                 f"{list(image.shape[:2])}"
             )
-    return DensePicture(image, mask, record.landmarks, record.box, where)
+    marks = record.landmarks, record.box
+    return DensePicture(image, mask, *marks, name=where, visible=record.visible)
+
+
+def read_pixels(image: np.ndarray | bytes, row: int) -> np.ndarray:
+    """Picture `row` of a caller: uint8 [H, W, 3] as it is, the bytes of a file decoded.
+
+    Raises:
+      BadImage: no whole picture; names the row.
+      ValueError: an array of another dtype or shape.
+    """
+    if isinstance(image, bytes):
+        try:
+            return decode_image(image)
+        except BadImage as error:
+            raise BadImage(f"picture {row}: {error}") from error
+    shape, dtype = np.shape(image), getattr(image, "dtype", type(image).__name__)
+    if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3:
+        raise ValueError(
+            f"picture {row} is {dtype} {list(shape)}; give uint8 [H, W, 3], RGB, or the bytes of a "
+            "picture file"
+        )
+    return image
 
 
 class Squares:

@@ -27,6 +27,7 @@ TASKS = {
     "slfir": "flip_jax.downstream.slfir",
     "zero_shot": "flip_jax.downstream.zero_shot",
     "parsing": "flip_jax.downstream.parsing",
+    "alignment": "flip_jax.downstream.alignment",
 }
 
 
