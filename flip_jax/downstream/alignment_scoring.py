@@ -27,7 +27,7 @@ from flip_jax.downstream.dense_geometry import Geometry
 from flip_jax.downstream.dense_pictures import DensePicture, Squares
 from flip_jax.downstream.dense_training import Batch, Loss, Output, Predict
 from flip_jax.downstream.faces import Faces
-from flip_jax.losses.heatmap import landmark_loss, soft_argmax
+from flip_jax.losses.heatmap import empty_logit, landmark_loss, soft_argmax
 from flip_jax.models.heads import HeatmapHead
 
 Array = jax.Array
@@ -46,7 +46,8 @@ class Marked(Protocol):
 @functools.cache
 def heatmaps(points: int, cells: int) -> Output:
     """Makes the output of a head; one object per pair, as `DenseNet` asks for."""
-    return lambda channels, rngs: HeatmapHead(channels, points, rngs, side=cells)
+    options = {"side": cells, "bias": empty_logit(cells)}
+    return lambda channels, rngs: HeatmapHead(channels, points, rngs, **options)
 
 
 @functools.cache

@@ -12,6 +12,8 @@ Dims: B pictures of S x S pixels, P points, heatmaps of G x G cells, channels la
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -27,6 +29,15 @@ _LEAST_SIGMA = 1.0
 def target_sigma(cells: int) -> float:
     """Standard deviation of the target on a map of `cells` cells, in cells."""
     return max(RADIUS / 4 * cells / _RADIUS_CELLS, _LEAST_SIGMA)
+
+
+def empty_logit(cells: int) -> float:
+    """The logit whose sigmoid is the mean of a target.
+
+    Where a head starts there, its first steps do not go into emptying the maps.
+    """
+    mean = 2 * math.pi * target_sigma(cells) ** 2 / cells**2
+    return math.log(mean / (1 - mean)) if mean < 0.5 else 0.0
 
 
 def target_heatmaps(points: Array, image_size: int, cells: int) -> Array:

@@ -216,9 +216,17 @@ class HeatmapHead(SegmentationHead):
     """The same with K points as classes, resized to `side` x `side`: logits of heatmaps."""
 
     def __init__(
-        self, channels: int, points: int, rngs: nnx.Rngs, dropout: float = 0.1, side: int = 128
+        self,
+        channels: int,
+        points: int,
+        rngs: nnx.Rngs,
+        dropout: float = 0.1,
+        side: int = 128,
+        bias: float = 0.0,
     ):
+        """Args: bias: what all logits start near; low, because most of a heatmap is empty."""
         super().__init__(channels, points, rngs, dropout)
+        self.bias = nnx.Param(jnp.full(points, bias))
         self.side = side
 
     def __call__(self, x: Array, key: Array | None = None) -> Array:
