@@ -12,10 +12,11 @@ from flip_jax.downstream import suite
 from flip_jax.downstream.__main__ import main
 from flip_jax.downstream.suite_page import Entry, comparison, write_page
 from flip_jax.downstream.task_report import FILES
+from flip_jax.downstream.tasks import TASKS
 
 QUICK = """
 from flip_jax.downstream import (
-    attributes, parsing, retrieval_task, slfir, suite, zero_shot
+    alignment, attributes, parsing, retrieval_task, slfir, suite, zero_shot
 )
 
 def get_config():
@@ -25,6 +26,7 @@ def get_config():
         slfir=slfir.Settings({slfir}),
         zero_shot=zero_shot.Settings(resamples=20),
         parsing=parsing.Settings(size=32, channels=4, epochs=1, batch_size=8, resamples=20),
+        alignment=alignment.Settings(size=32, channels=4, epochs=1, batch_size=8, resamples=20),
     )
 """
 SLFIR = 'steps=4, train_steps=2, subjects="photo", epochs=1, negatives=1, rerank=2, resamples=20'
@@ -56,7 +58,7 @@ def done(place):
 
 def test_every_task_of_every_checkpoint(done):
     out, page = done
-    assert list(page["results"]) == ["retrieval", "attributes", "slfir", "zero_shot", "parsing"]
+    assert list(page["results"]) == [*TASKS]
     for task, rows in page["results"].items():
         assert list(rows) == ["a", "b", "random", "chance"], task
         for label in ("a", "b"):
@@ -99,7 +101,7 @@ def test_the_page(done):
     parsed = _Page()
     parsed.feed(text)
     assert parsed.open == []
-    assert len(parsed.sources) == 1 + 2 * 5
+    assert len(parsed.sources) == 1 + 2 * 6
     assert all(source.startswith("data:image/png;base64,iVBOR") for source in parsed.sources)
     assert "http" not in text.replace("http-equiv", "")
     markdown = (out / "comparison.md").read_text()
@@ -117,7 +119,7 @@ def test_the_page(done):
 def test_what_is_done_is_not_done_again(place, done, capsys):
     out, before = done
     times = {path: path.stat().st_mtime_ns for path in out.glob("*/*/report.json")}
-    assert len(times) == 10
+    assert len(times) == 12
     # A setting of one task, on one checkpoint; the other is as it was.
     assert run(place, "--by=Male", "--attributes.seed=1", checkpoints=("a",)) == 0
     again = {path for path, time in times.items() if path.stat().st_mtime_ns != time}
@@ -163,7 +165,7 @@ def test_data_that_allows_less(place):
     page = json.loads((place / "less" / "comparison.json").read_text())
     assert list(page["results"]) == ["attributes", "zero_shot"]
     left_out = page["checkpoints"]["a"]["left_out"]
-    assert list(left_out) == ["retrieval", "slfir", "parsing"]
+    assert list(left_out) == ["retrieval", "slfir", "parsing", "alignment"]
     assert "has a caption" in left_out["retrieval"]
     for name in ("comparison.md", "comparison.html"):
         assert "retrieval is left out: " in (place / "less" / name).read_text()

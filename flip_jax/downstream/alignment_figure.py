@@ -15,13 +15,13 @@ from flip_jax.downstream.alignment_scoring import Frame, Truth
 from flip_jax.downstream.dense_pictures import read_picture
 from flip_jax.downstream.dense_training import TrainedDense
 from flip_jax.downstream.faces import Faces
+from flip_jax.downstream.parsing_figure import COLOURS
 from flip_jax.downstream.task_report import write_figure
 
 OVERLAYS = ("overlays.png", "worst.png")
 _SHOWN, _ACROSS = 12, 6  # faces on each, and in a row
 _SIDE = 256  # pixels of a face that is shown
 _TRUE, _FOUND = "lime", "red"
-COLOURS = {"trained": "tab:blue", "random": "tab:orange", "chance": "0.6"}
 NAMES = {"chance": "mean shape"}
 
 

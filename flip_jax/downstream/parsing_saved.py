@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from flip_jax.data.transforms import BadImage, decode_image
 from flip_jax.downstream.backbone import Backbone
-from flip_jax.downstream.dense_pictures import DensePicture
+from flip_jax.downstream.dense_pictures import DensePicture, read_pixels
 from flip_jax.downstream.dense_saved import net_of, read_dense
 from flip_jax.downstream.dense_training import DenseArrays
 from flip_jax.downstream.parsing_scoring import Frame, segmentation
@@ -63,7 +62,7 @@ class Parser:
             return []
         points = [None] * len(images) if landmarks is None else landmarks
         pictures = [
-            DensePicture(_pixels(image, row), None, own, None)
+            DensePicture(read_pixels(image, row), None, own, None)
             for row, (image, own) in enumerate(zip(images, points, strict=True))
         ]
         placed = [self._frame.place(one).place_image(one.image) for one in pictures]
@@ -82,12 +81,3 @@ def load_parser(path: Path | str, backbone: Backbone) -> Parser:
       ValueError: damaged, of another version, or trained on another backbone.
     """
     return Parser(backbone, *read_dense(path, "parsing", backbone))
-
-
-def _pixels(image: np.ndarray | bytes, row: int) -> np.ndarray:
-    if not isinstance(image, bytes):
-        return image
-    try:
-        return decode_image(image)
-    except BadImage as error:
-        raise BadImage(f"picture {row}: {error}") from error

@@ -9,9 +9,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
-
 from flip_jax.downstream.dense_augment import Augment
+from flip_jax.downstream.dense_settings import four_rates, numbers
 from flip_jax.downstream.dense_training import DenseRecipe
 
 
@@ -110,34 +109,14 @@ class Settings:
         return DenseRecipe(
             epochs=self.epochs,
             batch_size=self.batch_size,
-            rates=tuple(numbers("rates", self.rates, np.inf)),
+            rates=four_rates(self.rates),
             evaluate_every=self.evaluate_every,
         )
 
 
-def numbers(name: str, text: str, most: float) -> list[float]:
-    """The numbers of a field's text, all above 0.
-
-    Raises:
-      ValueError: it has others or none.
-    """
-    try:
-        found = [float(word) for word in text.replace(",", " ").split()]
-    except ValueError:
-        found = []
-    if not found or not all(0 < n <= most and n < np.inf for n in found):
-        below = f" and at most {most:g}" if most < np.inf else ""
-        raise ValueError(f"settings.{name}={text!r}: must be numbers above 0{below}")
-    return found
-
-
 def _check(settings: Settings) -> None:
     settings.percents()
-    if len(numbers("rates", settings.rates, np.inf)) != 4:
-        raise ValueError(
-            f"settings.rates={settings.rates!r}: must be four numbers, of tower, neck, decoder and "
-            "output"
-        )
+    four_rates(settings.rates)
     for name in ("epochs", "batch_size", "evaluate_every", "resamples", "channels"):
         if getattr(settings, name) < 1:
             value = getattr(settings, name)

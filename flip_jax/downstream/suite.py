@@ -21,7 +21,14 @@ from typing import Any, Protocol
 import flip_jax
 from flip_jax import config
 from flip_jax.data.records import MANIFEST, file_sha256
-from flip_jax.downstream import attributes, parsing, retrieval_task, slfir, zero_shot
+from flip_jax.downstream import (
+    alignment,
+    attributes,
+    parsing,
+    retrieval_task,
+    slfir,
+    zero_shot,
+)
 from flip_jax.downstream.backbone import Backbone
 from flip_jax.downstream.face_data import DataLacks, FaceData
 from flip_jax.downstream.suite_page import PAGE_FILES, Entry, write_page
@@ -47,6 +54,7 @@ class Settings:
     slfir: slfir.Settings = field(default_factory=slfir.Settings)
     zero_shot: zero_shot.Settings = field(default_factory=zero_shot.Settings)
     parsing: parsing.Settings = field(default_factory=parsing.Settings)
+    alignment: alignment.Settings = field(default_factory=alignment.Settings)
 
 
 class Arguments(Options, Protocol):
