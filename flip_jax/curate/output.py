@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,10 +19,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flip_jax.curate.groups import SPLITS, Settled
-from flip_jax.curate.parts import Candidate, id_number
+from flip_jax.curate.groups import Groups
+from flip_jax.curate.order import OFFSET_AND_SIZE, SHARD_COLUMNS, order_name, part_key
+from flip_jax.curate.parts import Candidate
 from flip_jax.curate.stages import batched
-from flip_jax.curate.storage import RangeReader, Work, is_local, open_file
+from flip_jax.curate.storage import Work, is_local, open_file
 from flip_jax.data.record_writer import RecordWriter
 from flip_jax.data.records import (
     MANIFEST,
@@ -53,29 +54,6 @@ _SOURCES = pa.schema(
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Candidates of one part that go into one shard; arrays have one row each.
-
-    Attributes:
-      part: its key.
-      number, offset, size: as in `Settled`.
-      groups: new group ids, by offset.
-      data: the one candidate, encoded; None = it is read where it is needed.
-    """
-
-    part: str
-    number: np.ndarray
-    offset: np.ndarray
-    size: np.ndarray
-    groups: dict[int, str]
-    data: bytes | None = None
-
-    @property
-    def file(self) -> str:
-        return f"parts/{self.part}.records"
-
-
-@dataclass(frozen=True)
 class ShardFile:
     """A finished shard: `shards/KEY.array_record` and `shards/KEY.sources`.
 
@@ -84,73 +62,41 @@ class ShardFile:
       place: its number in it.
       key: hash of what is in it.
       statistics: `Split` of this shard alone, as JSON.
-      groups: uint64, hashes of its groups.
     """
 
     split: str
     place: int
     key: str
     statistics: bytes
-    groups: np.ndarray
 
 
-def shard_counts(sizes: dict[str, int], shard_bytes: int) -> dict[str, int]:
-    """Shards of each split, from its bytes."""
-    return {split: max(-(-size // shard_bytes), 1) for split, size in sizes.items()}
+def write_shard(
+    work: Work,
+    groups: Groups,
+    name: str,
+    carried: Iterable[tuple[np.ndarray, bytes]] | None = None,
+) -> ShardFile:
+    """Writes the candidates of a shard in the order of their numbers, or finds it finished.
 
-
-def route(settled: Settled, shards: dict[str, int]) -> Iterator[tuple[str, Rows]]:
-    """Sends candidates to shards by their number: all shards of a split are about as large, and
-    the shards in order hold the records in order."""
-    half = np.uint64(32)
-    for code in np.unique(settled.split).tolist():
-        split, here = SPLITS[code], np.flatnonzero(settled.split == code)
-        # The upper half of the number as a share of the whole range.
-        place = ((settled.number[here] >> half) * np.uint64(shards[split])) >> half
-        for shard in np.unique(place).tolist():
-            rows = here[place == shard]
-            number, offset, size = (
-                array[rows] for array in (settled.number, settled.offset, settled.size)
-            )
-            groups = {at: settled.groups[at] for at in offset.tolist() if at in settled.groups}
-            yield f"{split}-{shard:05d}", Rows(settled.part, number, offset, size, groups)
-
-
-def carry(work: Work, shards: Iterable[tuple[str, Rows]]) -> Iterator[tuple[str, Rows]]:
-    """Gives each row of one part its candidate to carry, so that the runner's shuffle moves the
-    records: on a far disk a shard would open every part for a record or two. Reads the part once,
-    from one end to the other."""
-    single = [
-        (int(rows.offset[index]), index, shard, rows)
-        for shard, rows in shards
-        for index in range(len(rows.offset))
-    ]
-    with RangeReader() as files:
-        for offset, index, shard, rows in sorted(single, key=lambda each: each[0]):
-            one = slice(index, index + 1)
-            data = files.read(work.path(rows.file), offset, int(rows.size[index]))
-            groups = {offset: rows.groups[offset]} if offset in rows.groups else {}
-            arrays = (rows.number[one], rows.offset[one], rows.size[one])
-            yield shard, Rows(rows.part, *arrays, groups, data)
-
-
-def write_shard(work: Work, name: str, found: Iterable[Rows]) -> ShardFile:
-    """Writes the candidates of a shard in the order of their numbers, or finds it finished."""
+    Args:
+      carried: from `carry`; None = the rows are in the shard's `order_name`, the candidates in the
+        files of parts.
+    """
+    if carried is None:
+        rows = np.concatenate(list(work.rows(order_name(name), SHARD_COLUMNS)))
+        data = None
+    else:
+        found = sorted(carried, key=lambda each: each[0].tolist())
+        rows, data = np.stack([row for row, _ in found]), [candidate for _, candidate in found]
     split, _, place = name.rpartition("-")
-    rows = sorted(found, key=lambda each: (each.part, each.offset[0]))
-    source = np.repeat(np.arange(len(rows)), [len(each.number) for each in rows])
-    number, offset, size = (
-        np.concatenate([getattr(each, field) for each in rows])
-        for field in ("number", "offset", "size")
-    )
-    order = np.lexsort((offset, source, number))
-    key = _shard_key(name, rows, order)
+    named = groups.named(rows[:, -1])
+    told = name.encode() + rows.tobytes() + repr(named).encode()
+    key = hashlib.sha256(told).hexdigest()
     if not work.exists(f"shards/{key}.json"):
         with work.scratch() as folder:
-            candidates = _candidates(work, rows, source[order], offset[order], size[order])
             writer = RecordWriter(folder / "data", "", shard_bytes=1 << 62)
             with writer, pq.ParquetWriter(folder / "sources", _SOURCES) as sources:
-                for batch in batched(candidates, _SOURCES_AT_A_TIME):
+                for batch in batched(_candidates(work, rows, named, data), _SOURCES_AT_A_TIME):
                     for record, _ in batch:
                         writer.write(split, record)
                     told = [_source(split, *each) for each in batch]
@@ -160,12 +106,7 @@ def write_shard(work: Work, name: str, found: Iterable[Rows]) -> ShardFile:
             work.publish(folder / "data" / shard.file, f"shards/{key}.array_record")
             work.publish(folder / "sources", f"shards/{key}.sources")
             work.write(f"shards/{key}.json", msgspec.json.encode(statistics))
-    groups = [np.zeros(0, np.uint64)]
-    for batch in _sources(work, key, ["group_id"]):
-        names = batch["group_id"].unique().to_pylist()
-        groups.append(np.array([id_number(name) for name in names], np.uint64))
-    numbers = np.unique(np.concatenate(groups))
-    return ShardFile(split, int(place), key, work.read(f"shards/{key}.json"), numbers)
+    return ShardFile(split, int(place), key, work.read(f"shards/{key}.json"))
 
 
 def _sources(work: Work, key: str, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
@@ -175,16 +116,19 @@ def _sources(work: Work, key: str, columns: list[str] | None = None) -> Iterator
 
 
 def _candidates(
-    work: Work, rows: Sequence[Rows], source: np.ndarray, offset: np.ndarray, size: np.ndarray
+    work: Work, rows: np.ndarray, named: Sequence[str | None], data: Sequence[bytes] | None
 ) -> Iterator[tuple[Record, Candidate]]:
-    """Reads candidates, given by index into `rows`, offset and size; puts groups right."""
+    """Reads the candidates of a shard's rows; puts groups right."""
     with _Blobs(work) as blobs:
-        for index, at, length in zip(source, offset.tolist(), size.tolist(), strict=True):
-            part = rows[index]
-            data = blobs.read(part.file, at, length) if part.data is None else part.data
-            candidate = msgspec.msgpack.decode(data, type=Candidate)
+        for index, (row, group) in enumerate(zip(rows, named, strict=True)):
+            if data is None:
+                offset, size = row[OFFSET_AND_SIZE].tolist()
+                found = blobs.read(f"parts/{part_key(row)}.records", offset, size)
+            else:
+                found = data[index]
+            candidate = msgspec.msgpack.decode(found, type=Candidate)
             record = decode_record(candidate.record)
-            if (group := part.groups.get(at)) is not None:
+            if group not in (None, record.group_id):
                 record = msgspec.structs.replace(record, group_id=group)
             yield record, candidate
 
@@ -199,15 +143,6 @@ def _source(split: str, record: Record, candidate: Candidate) -> dict[str, str]:
         "source": candidate.source,
         "pixel_sha256": candidate.pixel_hash.hex(),
     }
-
-
-def _shard_key(name: str, rows: Sequence[Rows], order: np.ndarray) -> str:
-    digest = hashlib.sha256(name.encode())
-    for each in rows:
-        digest.update(each.part.encode() + each.offset.tobytes())
-        digest.update(repr(sorted(each.groups.items())).encode())
-    digest.update(order.tobytes())
-    return digest.hexdigest()
 
 
 class _Blobs(ExitStack):
@@ -248,11 +183,17 @@ def check_target(path: str) -> None:
 
 
 def assemble(
-    work: Work, shards: Iterable[ShardFile], source: str, counts: dict[str, int], path: str
+    work: Work,
+    shards: Iterable[ShardFile],
+    groups: dict[str, int],
+    source: str,
+    counts: dict[str, int],
+    path: str,
 ) -> Manifest:
     """Makes the data set of finished shards; a local folder appears whole or not at all.
 
     Args:
+      groups: how many each split has.
       source, counts: for the manifest.
       path: the folder to make.
 
@@ -266,16 +207,14 @@ def assemble(
         )
     splits: dict[str, Split] = {}
     files: dict[str, str] = {}  # name in the data set -> in the work folder
-    groups: dict[str, list[np.ndarray]] = defaultdict(list)
     for shard in shards:
         added = msgspec.json.decode(shard.statistics, type=Split)
         split = splits.setdefault(shard.split, Split())
         added.shards[0].file = f"{shard.split}-{len(split.shards):05d}.array_record"
         files[added.shards[0].file] = f"shards/{shard.key}.array_record"
         _merge(split, added)
-        groups[shard.split].append(shard.groups)
     for name, split in splits.items():
-        split.groups = len(np.unique(np.concatenate(groups[name])))
+        split.groups = groups[name]
     # Splits are made of whole groups.
     manifest = Manifest(
         source=source,

@@ -69,18 +69,20 @@ class Part:
       rows_key: of the chunk, a hash of its rows.
       place: file and chunk number, the order of the input.
       records: how many.
-      counts: of the tally.
     """
 
     key: str
     rows_key: str
     place: tuple[int, int]
     records: int
-    counts: dict[str, int]
 
     @property
     def table(self) -> str:
         return f"parts/{self.key}.parquet"
+
+    @property
+    def file(self) -> str:
+        return f"parts/{self.key}.records"
 
 
 class PartMaker:
@@ -94,15 +96,15 @@ class PartMaker:
         self.fingerprint = fingerprint(_VERSION, SCHEMA_VERSION, self.fetch_fingerprint, prints)
         self._ready = False
 
-    def make(self, chunk: Chunk) -> Part:
-        """Makes the part of a chunk, or finds it finished."""
+    def make(self, chunk: Chunk) -> tuple[Part, dict[str, int]]:
+        """Makes the part of a chunk, or finds it finished; also returns the counts of its tally."""
         key = fingerprint(self.fingerprint, chunk.key, chunk.container, chunk.stamp)
         name = f"parts/{key}.parquet"
         if not self.work.exists(name):
             self._make(chunk, key)
         facts = json.loads(self.work.schema(name).metadata[b"facts"])
         place = (chunk.file, chunk.number)
-        return Part(key, chunk.key, place, facts["records"], facts["counts"])
+        return Part(key, chunk.key, place, facts["records"]), facts["counts"]
 
     def _make(self, chunk: Chunk, key: str) -> None:
         if not self._ready:

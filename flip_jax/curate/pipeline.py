@@ -1,11 +1,12 @@
 """The build as one Beam pipeline, the same in this process and on a cluster.
 
-What moves between its steps is small: names of finished files in the work folder, and 24 bytes for
-each record. Pictures stay inside one step, or in files where the work folder is on a disk; where it
-is not (gs://), records travel to their shards by the runner's shuffle.
+What moves between its steps are names of finished files in the work folder, some hundred bytes for
+each chunk and shard. Records stay inside one step, or in files where the work folder is on a disk;
+where it is not (gs://), they travel to their shards by the runner's shuffle.
 
     files -> chunks -> parts -> copies, near duplicates -> groups
-                           \\-------------------------------\\-> splits -> shards -> data set
+                           \\-------------------------------\\-> splits -> order
+                                                           -> shards -> data set
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import apache_beam as beam
 from apache_beam.metrics import Metrics
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.portability.api import beam_provision_api_pb2
-from apache_beam.pvalue import AsDict, AsList, AsSingleton
+from apache_beam.pvalue import AsList, AsSingleton, TaggedOutput
 from apache_beam.runners.portability.fn_api_runner.fn_runner import (
     ExtendedProvisionInfo,
     FnApiRunner,
@@ -33,37 +35,19 @@ from apache_beam.runners.portability.portable_runner import JobServiceHandle
 
 from flip_jax.curate.captions import GrammarStage
 from flip_jax.curate.config import CurateConfig
-from flip_jax.curate.dedupe import BANDS
-from flip_jax.curate.groups import (
-    SPLITS,
-    Groups,
-    Links,
-    Settled,
-    find_copies,
-    find_near,
-    join,
-    settle,
-)
+from flip_jax.curate.groups import Groups, Settled, join, settle
 from flip_jax.curate.inputs import Chunk, input_files, split_input
+from flip_jax.curate.links import FOLDER, Links, search, searches
 from flip_jax.curate.optout import OptOut, OptOutStage
-from flip_jax.curate.output import (
-    Rows,
-    ShardFile,
-    assemble,
-    carry,
-    check_target,
-    route,
-    shard_counts,
-    write_shard,
-)
+from flip_jax.curate.order import carry, count_groups, order, shard_counts
+from flip_jax.curate.output import ShardFile, assemble, check_target, write_shard
 from flip_jax.curate.parts import Part, PartMaker
 from flip_jax.curate.pictures import HashStage, ReadStage
 from flip_jax.curate.stages import Stage, fingerprint
 from flip_jax.curate.storage import Work, is_local
 
 COUNTS = "counts.json"
-_COPIES = -1  # the search that is not for near duplicates
-_BANDS_AT_A_TIME = 4  # in one search, which reads all hashes
+_COUNTS = "counts"  # an output of a step
 
 
 def build(cfg: CurateConfig) -> dict[str, int]:
@@ -89,6 +73,7 @@ def build(cfg: CurateConfig) -> dict[str, int]:
         options = beam_options(cfg)
         with _plain_errors(), beam.Pipeline(_runner(cfg, options), options) as pipeline:
             _connect(pipeline, cfg, work, files, stages)
+        work.remove_folder(FOLDER)
         return json.loads(work.read(COUNTS))
 
 
@@ -134,38 +119,54 @@ def _runner(cfg: CurateConfig, options: PipelineOptions) -> FnApiRunner | None:
 def _connect(
     pipeline: beam.Pipeline, cfg: CurateConfig, work: Work, files: list[str], stages: list[Stage]
 ) -> None:
-    parts = (
+    made = (
         pipeline
         | "Files" >> beam.Create(list(enumerate(files)))
         | "SpreadFiles" >> beam.Reshuffle()
         | "SplitInput" >> beam.ParDo(SplitInput(work, cfg))
         | "SpreadChunks" >> beam.Reshuffle()
-        | "MakeParts" >> beam.ParDo(MakeParts(PartMaker(work, cfg, stages)))
+        | "MakeParts"
+        >> beam.ParDo(MakeParts(PartMaker(work, cfg, stages))).with_outputs(_COUNTS, main="parts")
     )
-    searches = [_COPIES, *(range(0, BANDS, _BANDS_AT_A_TIME) if cfg.dedupe.near else ())]
+    parts = made["parts"]
     groups = (
         pipeline
-        | "Searches" >> beam.Create(searches)
+        | "Searches" >> beam.Create(searches(cfg.dedupe))
         | "SpreadSearches" >> beam.Reshuffle()
-        | "FindCopies" >> beam.ParDo(FindCopies(work, cfg), AsList(parts))
+        | "Search" >> beam.ParDo(Search(work, cfg), AsList(parts))
         | "AllLinks" >> beam.combiners.ToList()
-        | "Join" >> beam.Map(join)
+        | "Join" >> beam.ParDo(Join(work), AsList(parts))
     )
     settled = (
         parts
         | "SpreadParts" >> beam.Reshuffle()
         | "Settle" >> beam.ParDo(Settle(work, cfg), AsSingleton(groups))
     )
-    sizes = settled | "Sizes" >> beam.FlatMap(_sizes) | "SumSizes" >> beam.CombinePerKey(sum)
-    shards = (
-        settled
-        | "Route" >> beam.ParDo(Route(work, cfg), AsDict(sizes))
-        | "GroupByShard" >> beam.GroupByKey()
-        | "WriteShards" >> beam.ParDo(WriteShards(work))
+    # That there are sizes also says that all parts are settled.
+    sizes = settled | "Sizes" >> beam.Map(lambda each: each.sizes)
+    sizes = AsSingleton(sizes | "SumSizes" >> beam.CombineGlobally(_sum))
+    if is_local(work.root):
+        start = pipeline | "Start" >> beam.Create([None])
+        shards = start | "Order" >> beam.ParDo(Order(work, cfg), AsList(parts), sizes)
+        shards |= "SpreadShards" >> beam.Reshuffle()
+    else:
+        shards = parts | "Route" >> beam.ParDo(Route(work, cfg), sizes)
+        shards |= "GroupByShard" >> beam.GroupByKey()
+    shards |= "WriteShards" >> beam.ParDo(WriteShards(work), AsSingleton(groups))
+    counts = (made[_COUNTS], settled | "Counts" >> beam.Map(lambda each: each.counts))
+    counts = counts | beam.Flatten() | "SumCounts" >> beam.CombineGlobally(_sum)
+    (
+        shards
         | "AllShards" >> beam.combiners.ToList()
+        | "Assemble" >> beam.ParDo(Assemble(work, cfg), AsList(parts), AsSingleton(counts))
     )
-    settled_counts = settled | "Counts" >> beam.Map(lambda each: each.counts)
-    shards | "Assemble" >> beam.ParDo(Assemble(work, cfg), AsList(parts), AsList(settled_counts))
+
+
+def _sum(found: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for each in found:
+        total.update(each)
+    return dict(total)
 
 
 class SplitInput(beam.DoFn):
@@ -181,78 +182,96 @@ class MakeParts(beam.DoFn):
     def __init__(self, maker: PartMaker):
         self.maker = maker
 
-    def process(self, chunk: Chunk) -> Iterator[Part]:
-        part = self.maker.make(chunk)
-        _to_metrics(part.counts)
+    def process(self, chunk: Chunk) -> Iterator[Part | TaggedOutput]:
+        part, counts = self.maker.make(chunk)
+        _to_metrics(counts)
         yield part
+        yield TaggedOutput(_COUNTS, counts)
 
     def teardown(self) -> None:
         self.maker.teardown()
 
 
-class FindCopies(beam.DoFn):
+class Search(beam.DoFn):
     """Equal pictures, or near duplicates in some bands."""
 
     def __init__(self, work: Work, cfg: CurateConfig):
         self.work, self.cfg = work, cfg.dedupe
 
-    def process(self, search: int, parts: list[Part]) -> Iterator[Links]:
-        if not parts:
-            return
-        if search == _COPIES:
-            yield find_copies(self.work, parts, self.cfg)
-        else:
-            bands = range(search, search + _BANDS_AT_A_TIME)
-            yield find_near(self.work, parts, self.cfg, bands)
+    def process(self, which: int, parts: list[Part]) -> Iterator[Links]:
+        yield search(self.work, parts, self.cfg, which)
 
 
-class Settle(beam.DoFn):
+class Join(beam.DoFn):
+    def __init__(self, work: Work):
+        self.work = work
+
+    def process(self, links: list[Links], parts: list[Part]) -> Iterator[str]:
+        yield join(self.work, parts, links)
+
+
+class _WithGroups(beam.DoFn):
+    """Keeps the file of groups open."""
+
+    def __init__(self, work: Work):
+        self.work = work
+        self._name, self._groups = "", None
+
+    def groups(self, name: str) -> Groups:
+        if name != self._name:
+            self.teardown()
+            self._name, self._groups = name, Groups(self.work, name)
+        return self._groups
+
+    def teardown(self) -> None:
+        if self._groups is not None:
+            self._groups.close()
+        self._name, self._groups = "", None
+
+
+class Settle(_WithGroups):
     def __init__(self, work: Work, cfg: CurateConfig):
-        self.work, self.cfg = work, cfg
+        super().__init__(work)
+        self.cfg = cfg
 
-    def process(self, part: Part, groups: Groups) -> Iterator[Settled]:
-        settled = settle(self.work, part, groups, self.cfg)
+    def process(self, part: Part, groups: str) -> Iterator[Settled]:
+        settled = settle(self.work, part, self.groups(groups), self.cfg)
         _to_metrics(settled.counts)
         yield settled
 
 
-def _sizes(settled: Settled) -> Iterator[tuple[str, int]]:
-    for code, split in enumerate(SPLITS):
-        if size := int(settled.size[settled.split == code].sum()):
-            yield split, size
+class Order(beam.DoFn):
+    def __init__(self, work: Work, cfg: CurateConfig):
+        self.work, self.shard_bytes = work, cfg.output.shard_bytes
+
+    def process(self, _: None, parts: list[Part], sizes: dict[str, int]) -> Iterator[str]:
+        return order(self.work, parts, shard_counts(sizes, self.shard_bytes))
 
 
 class Route(beam.DoFn):
     def __init__(self, work: Work, cfg: CurateConfig):
         self.work, self.shard_bytes = work, cfg.output.shard_bytes
 
-    def process(self, settled: Settled, sizes: dict[str, int]) -> Iterator[tuple[str, Rows]]:
-        shards = route(settled, shard_counts(sizes, self.shard_bytes))
-        return shards if is_local(self.work.root) else carry(self.work, shards)
+    def process(self, part: Part, sizes: dict[str, int]) -> Iterator[tuple[str, Any]]:
+        return carry(self.work, part, shard_counts(sizes, self.shard_bytes))
 
 
-class WriteShards(beam.DoFn):
-    def __init__(self, work: Work):
-        self.work = work
-
-    def process(self, shard: tuple[str, Iterable[Rows]]) -> Iterator[ShardFile]:
-        yield write_shard(self.work, *shard)
+class WriteShards(_WithGroups):
+    def process(self, shard: str | tuple[str, Iterable[Any]], groups: str) -> Iterator[ShardFile]:
+        named = (shard, None) if isinstance(shard, str) else shard
+        yield write_shard(self.work, self.groups(groups), *named)
 
 
 class Assemble(beam.DoFn):
     def __init__(self, work: Work, cfg: CurateConfig):
         self.work, self.cfg = work, cfg
 
-    def process(
-        self, shards: list[ShardFile], parts: list[Part], settled: list[dict[str, int]]
-    ) -> None:
-        counts: Counter[str] = Counter()
-        for each in (*(part.counts for part in parts), *settled):
-            counts.update(each)
+    def process(self, shards: list[ShardFile], parts: list[Part], counts: dict[str, int]) -> None:
         self.work.write(COUNTS, json.dumps(counts, sort_keys=True, indent=1).encode())
         parts = sorted(parts, key=lambda part: part.place)
         source = describe(self.cfg, [part.rows_key for part in parts])
-        assemble(self.work, shards, source, counts, self.cfg.output.path)
+        groups = count_groups(self.work, parts)
+        assemble(self.work, shards, groups, source, counts, self.cfg.output.path)
 
 
 def describe(cfg: CurateConfig, rows_keys: list[str]) -> str:

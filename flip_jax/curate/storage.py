@@ -8,16 +8,18 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
+_ROWS_AT_A_TIME = 2**16
 _RAW = {"compression_type": CompressionTypes.UNCOMPRESSED}  # else a name in .gz is unpacked
 
 
@@ -98,6 +100,20 @@ class Work:
         """Reads a parquet file."""
         with open_file(self.path(name)) as file:
             return pq.read_table(file, columns=columns)
+
+    def rows(self, name: str, columns: int) -> Iterator[np.ndarray]:
+        """Yields what `write_rows` wrote, in blocks of uint64 [N, columns]."""
+        with open_file(self.path(name)) as file:
+            while data := file.read(8 * columns * _ROWS_AT_A_TIME):
+                yield np.frombuffer(data, np.uint64).reshape(-1, columns)
+
+    def write_rows(self, name: str, blocks: Iterable[np.ndarray]) -> None:
+        """Writes blocks of uint64 [N, columns], of any number."""
+        with self.scratch() as folder:
+            with open(folder / "rows", "wb") as file:
+                for rows in blocks:
+                    file.write(np.ascontiguousarray(rows, np.uint64))
+            self.publish(folder / "rows", name)
 
     def schema(self, name: str) -> pa.Schema:
         with open_file(self.path(name)) as file:
