@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -41,6 +42,7 @@ ROWS = pa.schema(
         ("problem", pa.string()),  # why the row is of no use
     ]
 )
+Batch = pa.RecordBatch
 Row = dict[str, Any]  # a row of ROWS; what is absent is null
 
 
@@ -54,45 +56,64 @@ def table_rows(file: str, cfg: InputConfig) -> Iterator[Row]:
         with open_file(file) as opened:
             parquet = pq.ParquetFile(opened)
             names = parquet.schema_arrow.names
-            check_columns(file, names, cfg)
-            labels = _labels(names, lambda columns: parquet.read(columns=columns))
-            wanted = _wanted(cfg)
-            batches = parquet.iter_batches(batch_size=cfg.chunk_rows, columns=wanted)
-            yield from _labelled(batches, labels, cfg)
+            read = partial(parquet.iter_batches, cfg.chunk_rows)
+            yield from _rows(file, names, lambda columns: read(columns=columns), cfg)
         return
     table = read_table(Path(file))
-    check_columns(file, table.column_names, cfg)
-    labels = _labels(table.column_names, table.select)
-    batches = table.select(_wanted(cfg)).to_batches(max_chunksize=cfg.chunk_rows)
-    yield from _labelled(batches, labels, cfg)
+    yield from _rows(
+        file,
+        table.column_names,
+        lambda columns: table.select(columns).to_batches(max_chunksize=cfg.chunk_rows),
+        cfg,
+    )
 
 
-def _labels(names: list[str], read: Callable[[list[str]], pa.Table]) -> np.ndarray | None:
-    """The columns of a whole file that are named like attributes: what -1 means depends on whether
-    there is any 0.
+def _rows(
+    file: str, names: list[str], read: Callable[[list[str]], Iterable[Batch]], cfg: InputConfig
+) -> Iterator[Row]:
+    """Reads a table twice where there are attributes: what their -1 means says the whole of it."""
+    check_columns(file, names, cfg)
+    wanted, attributes = _wanted(cfg), [name for name in ATTRIBUTES if name in names]
+    coding = _coding(_known(batch) for batch in read(attributes)) if attributes else None
+    for batch in read(list(dict.fromkeys([*wanted, *attributes]))):
+        if coding is not None:
+            kind, zeros = coding
+            table = _known(batch.select(attributes))
+            labels = _probabilities(table) if zeros is None else attribute_labels(table, zeros)
+        for index, cells in enumerate(batch.select(wanted).to_pylist()):
+            row = row_of(cells, cfg)
+            if coding is not None:
+                row[kind] = labels[index].tobytes()
+            yield _checked(row, cfg)
 
-    Returns:
-      int8 [N, 40] labels, or float32 [N, 40] probabilities where there are fractions; None where
-      there is no such column.
-    """
-    columns = [name for name in ATTRIBUTES if name in names]
-    if not columns:
-        return None
-    table = read(columns)
-    for place, name in enumerate(columns):  # pandas makes numbers with gaps float, gaps NaN
+
+def _coding(tables: Iterable[pa.Table]) -> tuple[str, bool | None]:
+    """How attributes are coded: ("probabilities", None) where there is a fraction among them, else
+    "attributes" and whether there is any 0."""
+    zeros = False
+    for table in tables:
+        for column in table.columns:
+            if (
+                pa.types.is_floating(column.type)
+                and pc.any(pc.not_equal(pc.floor(column), column)).as_py()
+            ):
+                return "probabilities", None
+        zeros |= bool(np.any(attribute_labels(table, zeros=True) == 0))
+    return "attributes", zeros
+
+
+def _known(batch: Batch) -> pa.Table:
+    """Columns of attributes; pandas makes numbers with gaps float, gaps NaN."""
+    table = pa.Table.from_batches([batch])
+    for place, name in enumerate(table.column_names):
         if pa.types.is_floating(table[name].type):
             known = pc.if_else(pc.is_nan(table[name]), None, table[name])
             table = table.set_column(place, name, known)
-    fractions = [
-        name
-        for name in columns
-        if pa.types.is_floating(table[name].type)
-        and pc.any(pc.not_equal(pc.floor(table[name]), table[name])).as_py()
-    ]
-    return _probabilities(table) if fractions else attribute_labels(table)
+    return table
 
 
 def _probabilities(table: pa.Table) -> np.ndarray:
+    """Returns float32 [N, 40], NaN = unknown."""
     found = np.full((len(table), len(ATTRIBUTES)), np.nan, np.float32)
     for name in table.column_names:
         values = table[name].cast(pa.float32()).to_numpy()
@@ -101,20 +122,6 @@ def _probabilities(table: pa.Table) -> np.ndarray:
             raise ValueError(f"column {name}: {strange[0]:g} is no probability, 0 to 1")
         found[:, ATTRIBUTE_INDEX[name]] = values
     return found
-
-
-def _labelled(
-    batches: Iterable[pa.RecordBatch], labels: np.ndarray | None, cfg: InputConfig
-) -> Iterator[Row]:
-    start = 0
-    for batch in batches:
-        for index, cells in enumerate(batch.to_pylist(), start):
-            row = row_of(cells, cfg)
-            if labels is not None:
-                kind = "attributes" if labels.dtype == np.int8 else "probabilities"
-                row[kind] = labels[index].tobytes()
-            yield _checked(row, cfg)
-        start += len(batch)
 
 
 def _wanted(cfg: InputConfig) -> list[str]:

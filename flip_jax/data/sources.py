@@ -137,8 +137,11 @@ def read_table(path: Path) -> pa.Table:
         raise ValueError(f"table {path} cannot be read: {error}") from error
 
 
-def attribute_labels(table: pa.Table) -> np.ndarray:
+def attribute_labels(table: pa.Table, zeros: bool | None = None) -> np.ndarray:
     """Reads the columns that are named like attributes; see `build` for the coding.
+
+    Args:
+      zeros: where `table` is a piece of a larger one, whether there is any 0 in that.
 
     Returns:
       int8 [rows, 40]: 1 present, 0 absent, -1 unknown or no such column.
@@ -161,7 +164,7 @@ def attribute_labels(table: pa.Table) -> np.ndarray:
             raise ValueError(f"column {name}: label {strange[0]} must be -1, 0 or 1")
         labels[:, index] = values
         known[:, index] = pc.is_valid(column).to_numpy()
-    if not np.any(labels == 0):
+    if not (np.any(labels == 0) if zeros is None else zeros):
         labels[known & (labels == -1)] = 0
     return labels
 
