@@ -7,6 +7,7 @@ which a bounded number is in memory.
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 LIMIT = 2**17  # rows of one sorter in memory: 6 MiB where a row has six columns
-_FAN = 64  # runs that are merged at a time
+_FAN = 64  # runs that are merged at a time, at most
 
 
 class Spool:
@@ -65,6 +66,7 @@ class Sorter:
     def __init__(self, folder: Path, columns: int, limit: int = LIMIT):
         self.columns = columns
         self._folder, self._limit = folder, limit
+        self._fan = max(min(_FAN, math.isqrt(limit)), 2)
         self._buffer = np.empty((limit, columns), np.uint64)
         self._filled = 0
         self._spool: Spool | None = None
@@ -90,10 +92,10 @@ class Sorter:
         if len(rows):
             self._runs.append(self._write([rows]))
         self._buffer = self._buffer[:0]
-        while len(self._runs) > _FAN:
+        while len(self._runs) > self._fan:
             self._runs = [
-                self._write(self._merge(self._runs[start : start + _FAN]))
-                for start in range(0, len(self._runs), _FAN)
+                self._write(self._merge(self._runs[start : start + self._fan]))
+                for start in range(0, len(self._runs), self._fan)
             ]
         yield from self._merge(self._runs)
 
@@ -111,7 +113,7 @@ class Sorter:
         return start, len(self._spool)
 
     def _merge(self, runs: list[tuple[int, int]]) -> Iterator[np.ndarray]:
-        size = max(self._limit // _FAN, 1)
+        size = max(self._limit // self._fan, 1)
         heads = [np.empty((0, self._spool.columns), np.uint64) for _ in runs]
         nexts, stops = [start for start, _ in runs], [stop for _, stop in runs]
         while True:
