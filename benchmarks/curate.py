@@ -3,6 +3,7 @@
     python benchmarks/curate.py stages [--pictures 400]
     python benchmarks/curate.py build [--pictures 8000]
     python benchmarks/curate.py rows [--rows 100000 1000000]
+    python benchmarks/curate.py search [--rows 100000 1000000]
     python benchmarks/curate.py hashes --table faces.parquet --images photos --group-column person
 
 `stages` gives pairs per CPU second of each stage, and captions per CPU second of the grammar.
@@ -10,6 +11,9 @@
 shards.
 `rows` is for the text: builds of some numbers of rows, in which each picture is 16 x 16 pixels of
 noise, with the peak memory of each.
+`search` is for what comes after the pictures, on tables of random hashes, a tenth of them copies: the
+searches for equal pictures and for near duplicates (a quarter of them), groups and order, with the
+peak memory before and after.
 These draw their pictures: 615 x 615 px, the mean of LAION-Face, with a face of 285 x 285 px, the
 mean of the paper's crops. The last line that they print is JSON, with the command to repeat it and
 the load of the machine; CPU seconds, unlike the clock, mean much the same on a busy one.
@@ -23,13 +27,16 @@ import argparse
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +62,10 @@ from flip_jax.curate.config import (
 )
 from flip_jax.curate.faces import FaceStage
 from flip_jax.curate.fetch import fetch_chunk
+from flip_jax.curate.groups import kept_name
 from flip_jax.curate.inputs import read_chunk, split_input
 from flip_jax.curate.optout import OptOut
-from flip_jax.curate.parts import encode_candidate
+from flip_jax.curate.parts import Part, encode_candidate
 from flip_jax.curate.pictures import perceptual_hash
 from flip_jax.curate.stages import Place, Sample, Tally
 from flip_jax.curate.storage import Work
@@ -68,6 +76,7 @@ from flip_jax.data.sources import read_table
 from flip_jax.data.transforms import decode_image, encode_jpeg
 
 SCENE, FACE = 615, 285  # pixels
+RANDOM_ROWS = 10_000  # of a part of `search`
 NOISE = 4  # grey levels, to tell pictures apart
 
 
@@ -80,6 +89,7 @@ def main() -> None:
         (stages, "--pictures", 400),
         (build, "--pictures", 8000),
         (rows, "--rows", [100_000, 1_000_000]),
+        (search, "--rows", [100_000, 1_000_000]),
     ):
         command = commands.add_parser(run.__name__)
         several = "+" if isinstance(default, list) else None
@@ -289,6 +299,58 @@ def noise_table(count: int, path: Path) -> None:
                 **dict(zip(ATTRIBUTES, labels, strict=True)),
             }
             writer.write_table(pa.table(columns, schema))
+
+
+def search(numbers: list[int], folder: Path) -> dict[str, Any]:
+    found = {}
+    for count in numbers:
+        place = folder / str(count)
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            found[str(count)] = process.submit(search_rows, count, place).result()
+        print(f"{count:,} rows: {json.dumps(found[str(count)])}", flush=True)
+    return {"rows": found}
+
+
+def search_rows(count: int, folder: Path) -> dict[str, float]:
+    from flip_jax.curate import groups, links, order
+
+    work, cfg = Work(str(folder)), CurateConfig()
+    parts = [random_part(work, number) for number in range(count // RANDOM_ROWS)]
+    start, before = time.process_time(), peak_mib()
+    found = [links.search(work, parts, cfg.dedupe, which) for which in (links.COPIES, 0)]
+    groups.join(work, parts, found)
+    assert len(list(order.order(work, parts, {"train": max(count // 9000, 1)})))
+    order.count_groups(work, parts)
+    seconds = time.process_time() - start
+    return {"start_mib": before, "peak_mib": peak_mib(), "cpu_s": round(seconds, 1)}
+
+
+def peak_mib() -> int:
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def random_part(work: Work, place: int) -> Part:
+    """The tables of a finished part without its pictures."""
+    rng = np.random.default_rng(place)
+    number = rng.integers(0, 2**64, RANDOM_ROWS, np.uint64)
+    node = number >> np.uint64(1) | np.uint64(1 << 63)
+    index = np.arange(RANDOM_ROWS, dtype=np.uint64)
+    pixels, looks = (rng.integers(0, 256, (RANDOM_ROWS, 32), np.uint8) for _ in range(2))
+    pixels[9::10], looks[9::10] = pixels[8::10], looks[8::10]
+    part = Part(f"{place:064x}", "", (0, place), RANDOM_ROWS)
+    columns = {
+        "number": number,
+        "node": node,
+        "group": pa.nulls(RANDOM_ROWS, pa.string()),
+        "pixel_hash": pa.array([row.tobytes() for row in pixels], pa.binary(32)),
+        "perceptual_hash": pa.array([row.tobytes() for row in looks], pa.binary(32)),
+    }
+    with work.scratch() as scratch:
+        pq.write_table(pa.table(columns), scratch / "table")
+        work.publish(scratch / "table", part.table)
+    kept = [number, 0 * index, 10 * index, 0 * index + 10, node, number]
+    work.write_rows(kept_name(part), [np.stack(kept, axis=1)])
+    return part
 
 
 def hashes(table: Path, images: Path, image_column: str, group_column: str) -> None:

@@ -554,8 +554,9 @@ class Bucket(LocalFileSystem):
     def exists(self, path):
         return super().exists(self._here(path))
 
-    def delete(self, paths):
-        super().delete([self._here(path) for path in paths])
+    def delete(self, paths):  # the one above matches them first, which leads back here
+        for path in paths:
+            os.remove(self._here(path))
 
 
 def test_files_may_be_where_beam_can_write(photos, built, tmp_path, monkeypatch):
