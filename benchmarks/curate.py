@@ -11,9 +11,9 @@
 shards.
 `rows` is for the text: builds of some numbers of rows, in which each picture is 16 x 16 pixels of
 noise, with the peak memory of each.
-`search` is for what comes after the pictures, on tables of random hashes, a tenth of them copies: the
-searches for equal pictures and for near duplicates (a quarter of them), groups and order, with the
-peak memory before and after.
+`search` is for what comes after the pictures, on tables of random hashes, a tenth of them copies:
+the searches for equal pictures and for near duplicates (a quarter of them), groups and order, with
+the peak memory before and after.
 These draw their pictures: 615 x 615 px, the mean of LAION-Face, with a face of 285 x 285 px, the
 mean of the paper's crops. The last line that they print is JSON, with the command to repeat it and
 the load of the machine; CPU seconds, unlike the clock, mean much the same on a busy one.

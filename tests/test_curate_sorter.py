@@ -14,7 +14,7 @@ pytest.importorskip("apache_beam", reason="curation needs the extra `curate`")
 
 from flip_jax.curate import links as links_module
 from flip_jax.curate.config import CurateConfig, DedupeConfig
-from flip_jax.curate.groups import Groups, join, settle
+from flip_jax.curate.groups import Groups, join, kept_name, settle
 from flip_jax.curate.links import search, searches
 from flip_jax.curate.order import SHARD_COLUMNS, count_groups, order, order_name
 from flip_jax.curate.parts import TABLE, Part, id_number, node_number
@@ -252,22 +252,20 @@ def test_a_search_that_was_finished_is_not_done_again(tmp_path, monkeypatch):
 def test_memory_does_not_grow_with_the_rows(tmp_path):
     """Peak bytes held by the searches, the groups and the order for N and for 4 N rows, many of
     them copies; numpy's arrays count."""
-    cfg = CurateConfig(dedupe=DedupeConfig(max_distance=2))
+    cfg = DedupeConfig(max_distance=2)
     peaks = {}
-    for count in (10_000, 40_000):
+    for count in (4_000, 16_000):
         work = Work(str(tmp_path / str(count)))
         parts = random_parts(work, count)
         tracemalloc.start()
-        found = [search(work, parts, cfg.dedupe, which, 1000) for which in (-1, 0)]
-        with Groups(work, join(work, parts, found, 1000)) as groups:
-            for part in parts:
-                settle(work, part, groups, cfg)
-        list(order(work, parts, {"train": count // 1000, "val": 1, "test": 1}, 1000))
-        count_groups(work, parts, 1000)
+        found = [search(work, parts, cfg, which, 500) for which in (-1, 0)]
+        join(work, parts, found, 500)
+        list(order(work, parts, {"train": count // 1000, "val": 1, "test": 1}, 500))
+        count_groups(work, parts, 500)
         peaks[count] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    # 8 bytes for each of the 30,000 rows more would be 240,000.
-    assert peaks[40_000] < peaks[10_000] + 120_000, peaks
+    # 8 bytes for each of the 12,000 rows more would be 96,000.
+    assert peaks[16_000] < peaks[4_000] + 48_000, peaks
 
 
 def random_parts(work: Work, count: int, chunk: int = 1000) -> list[Part]:
@@ -285,12 +283,15 @@ def random_parts(work: Work, count: int, chunk: int = 1000) -> list[Part]:
             "node": numbers >> np.uint64(1) | np.uint64(1 << 63),
             "pixel_hash": [row.tobytes() for row in pixels],
             "perceptual_hash": [row.tobytes() for row in looks],
-            "offset": np.arange(chunk) * 10,
-            "size": np.full(chunk, 10),
+            "offset": np.arange(chunk, dtype=np.uint64) * np.uint64(10),
+            "size": np.full(chunk, 10, np.uint64),
         }
         key = f"{number:064x}"
         with work.scratch() as folder:
             pq.write_table(pa.table(columns, TABLE), folder / "table")
             work.publish(folder / "table", f"parts/{key}.parquet")
         parts.append(Part(key, key, (0, number), chunk))
+        node = columns["node"]
+        kept = [numbers, numbers % np.uint64(2), columns["offset"], columns["size"], node, node]
+        work.write_rows(kept_name(parts[-1]), [np.stack(kept, axis=1).astype(np.uint64)])
     return parts
