@@ -1,7 +1,6 @@
 """Sorting in files against sorting in memory, and the searches of a build within a bound of it."""
 
 import json
-import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +13,7 @@ pytest.importorskip("apache_beam", reason="curation needs the extra `curate`")
 
 from flip_jax.curate import links as links_module
 from flip_jax.curate.config import CurateConfig, DedupeConfig
-from flip_jax.curate.groups import Groups, join, kept_name, settle
+from flip_jax.curate.groups import Groups, join, settle
 from flip_jax.curate.links import search, searches
 from flip_jax.curate.order import SHARD_COLUMNS, count_groups, order, order_name
 from flip_jax.curate.parts import TABLE, Part, id_number, node_number
@@ -247,51 +246,3 @@ def test_a_search_that_was_finished_is_not_done_again(tmp_path, monkeypatch):
     work.remove(first[2].edges)  # killed before this one was done
     assert search(work, parts, cfg, searches(cfg)[2]) == first[2]
     assert len(asked) == 3
-
-
-def test_memory_does_not_grow_with_the_rows(tmp_path):
-    """Peak bytes held by the searches, the groups and the order for N and for 4 N rows, many of
-    them copies; numpy's arrays count."""
-    cfg = DedupeConfig(max_distance=2)
-    peaks = {}
-    for count in (4_000, 16_000):
-        work = Work(str(tmp_path / str(count)))
-        parts = random_parts(work, count)
-        tracemalloc.start()
-        found = [search(work, parts, cfg, which, 500) for which in (-1, 0)]
-        join(work, parts, found, 500)
-        list(order(work, parts, {"train": count // 1000, "val": 1, "test": 1}, 500))
-        count_groups(work, parts, 500)
-        peaks[count] = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    # 8 bytes for each of the 12,000 rows more would be 96,000.
-    assert peaks[16_000] < peaks[4_000] + 48_000, peaks
-
-
-def random_parts(work: Work, count: int, chunk: int = 1000) -> list[Part]:
-    """Parts as those of `parts_of`, made fast: every fourth row is a copy of the one before."""
-    rng = np.random.default_rng(SEED)
-    parts = []
-    for number in range(count // chunk):
-        names = [f"{number * chunk + index}" for index in range(chunk)]
-        numbers = rng.integers(0, 2**64, chunk, np.uint64)
-        pixels, looks = (rng.integers(0, 256, (chunk, 32), np.uint8) for _ in range(2))
-        pixels[3::4], looks[3::4] = pixels[2::4], looks[2::4]
-        columns = {name: [None] * chunk for name in TABLE.names} | {
-            "id": names,
-            "number": numbers,
-            "node": numbers >> np.uint64(1) | np.uint64(1 << 63),
-            "pixel_hash": [row.tobytes() for row in pixels],
-            "perceptual_hash": [row.tobytes() for row in looks],
-            "offset": np.arange(chunk, dtype=np.uint64) * np.uint64(10),
-            "size": np.full(chunk, 10, np.uint64),
-        }
-        key = f"{number:064x}"
-        with work.scratch() as folder:
-            pq.write_table(pa.table(columns, TABLE), folder / "table")
-            work.publish(folder / "table", f"parts/{key}.parquet")
-        parts.append(Part(key, key, (0, number), chunk))
-        node = columns["node"]
-        kept = [numbers, numbers % np.uint64(2), columns["offset"], columns["size"], node, node]
-        work.write_rows(kept_name(parts[-1]), [np.stack(kept, axis=1).astype(np.uint64)])
-    return parts
