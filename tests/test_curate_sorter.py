@@ -1,6 +1,9 @@
 """Sorting in files against sorting in memory, and the searches of a build within a bound of it."""
 
+import gc
 import json
+import tracemalloc
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +15,9 @@ from hypothesis import strategies as st
 pytest.importorskip("apache_beam", reason="curation needs the extra `curate`")
 
 from flip_jax.curate import links as links_module
+from flip_jax.curate import storage
 from flip_jax.curate.config import CurateConfig, DedupeConfig
-from flip_jax.curate.groups import Groups, join, settle
+from flip_jax.curate.groups import Groups, join, kept_name, settle
 from flip_jax.curate.links import search, searches
 from flip_jax.curate.order import SHARD_COLUMNS, count_groups, order, order_name
 from flip_jax.curate.parts import TABLE, Part, id_number, node_number
@@ -246,3 +250,63 @@ def test_a_search_that_was_finished_is_not_done_again(tmp_path, monkeypatch):
     work.remove(first[2].edges)  # killed before this one was done
     assert search(work, parts, cfg, searches(cfg)[2]) == first[2]
     assert len(asked) == 3
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
+    """Peak bytes held by each of the searches, the groups and the order, for N and for 3 N rows,
+    many of them copies; numpy's arrays count."""
+    monkeypatch.setattr(storage, "_ROWS_AT_A_TIME", 500)
+    peaks = {}
+    for count in (4_000, 8_000, 24_000):  # the first one imports what is imported late
+        work = Work(str(tmp_path / str(count)))
+        parts = random_parts(work, count)
+        peaks[count] = dict(_peaks(work, parts))
+    growth = {name: peaks[24_000][name] - peaks[8_000][name] for name in peaks[8_000]}
+    # 8 bytes for each of the 16,000 rows more would be 128,000.
+    assert max(growth.values()) < 64_000, (peaks, growth)
+
+
+def _peaks(work: Work, parts: list[Part]) -> Iterator[tuple[str, int]]:
+    cfg, found = DedupeConfig(max_distance=2), []
+    shards = {"train": len(parts), "val": 1, "test": 1}
+    for name, call in {
+        "copies": lambda: found.append(search(work, parts, cfg, -1, 500)),
+        "near": lambda: found.append(search(work, parts, cfg, 0, 500)),
+        "join": lambda: join(work, parts, found, 500),
+        "order": lambda: list(order(work, parts, shards, 500)),
+        "count": lambda: count_groups(work, parts, 500),
+    }.items():
+        gc.collect()
+        tracemalloc.start()
+        call()
+        yield name, tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+
+
+def random_parts(work: Work, count: int, chunk: int = 4000) -> list[Part]:
+    """Parts as those of `parts_of`, made fast: every fourth row is a copy of the one before."""
+    rng = np.random.default_rng(SEED)
+    parts = []
+    for number in range(count // chunk):
+        names = [f"{number * chunk + index}" for index in range(chunk)]
+        numbers = rng.integers(0, 2**64, chunk, np.uint64)
+        pixels, looks = (rng.integers(0, 256, (chunk, 32), np.uint8) for _ in range(2))
+        pixels[3::4], looks[3::4] = pixels[2::4], looks[2::4]
+        columns = {name: [None] * chunk for name in TABLE.names} | {
+            "id": names,
+            "number": numbers,
+            "node": numbers >> np.uint64(1) | np.uint64(1 << 63),
+            "pixel_hash": [row.tobytes() for row in pixels],
+            "perceptual_hash": [row.tobytes() for row in looks],
+            "offset": np.arange(chunk, dtype=np.uint64) * np.uint64(10),
+            "size": np.full(chunk, 10, np.uint64),
+        }
+        key = f"{number:064x}"
+        with work.scratch() as folder:
+            pq.write_table(pa.table(columns, TABLE), folder / "table")
+            work.publish(folder / "table", f"parts/{key}.parquet")
+        parts.append(Part(key, key, (0, number), chunk))
+        node = columns["node"]
+        kept = [numbers, numbers % np.uint64(2), columns["offset"], columns["size"], node, node]
+        work.write_rows(kept_name(parts[-1]), [np.stack(kept, axis=1).astype(np.uint64)])
+    return parts
