@@ -182,6 +182,10 @@ class DataConfig:
     flip: bool = True  # mirror half of the training images
     randaugment_ops: int = 2  # 0 = off
     randaugment_level: int = 5  # of 10
+    # Share of the training pictures in whose place the sketch of the record is shown, drawn up to
+    # a random stage, where there is one (the reference: none). Without, a model sees in a sketch
+    # little of what the caption says, and finds no photo by one.
+    sketch_share: float = 0.0
     # What of its caption a picture is held against in the contrastive loss, drawn anew at each
     # visit: all of it, one sentence, or a block of sentences in a row. ITM always reads all of it.
     contrastive_text: Literal["caption", "sentence", "block"] = "caption"
@@ -344,7 +348,8 @@ def _validate_training(cfg: Config) -> None:
         f"must be in [temperature_min, temperature_max] = "
         f"[{loss.temperature_min}, {loss.temperature_max}], above 0",
     )
-    for name, value in (("loss.momentum", loss.momentum), ("loss.alpha", loss.alpha)):
+    for name in ("loss.momentum", "loss.alpha", "data.sketch_share"):
+        value = operator.attrgetter(name)(cfg)
         _require(0 <= value <= 1, name, value, "must be in [0, 1]")
     _require(
         batch % cfg.optim.accum_steps == 0,

@@ -9,6 +9,7 @@ An export is a folder of three files that need neither Orbax nor flip_jax to be 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -151,3 +152,13 @@ def _safetensors():
             "safetensors files need the package safetensors: pip install 'flip_jax[torch]'"
         ) from error
     return safetensors.numpy
+
+
+def params_digest(params: Any) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes of all arrays, 64 hex digits."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(named_leaves(params).items()):
+        leaf = np.ascontiguousarray(leaf)
+        digest.update(json.dumps([name, str(leaf.dtype), list(leaf.shape)]).encode())
+        digest.update(leaf.reshape(-1).view(np.uint8))
+    return digest.hexdigest()

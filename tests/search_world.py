@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import dataclasses
 import functools
 import http.client
+import io
 import json
 import threading
 from pathlib import Path
@@ -14,6 +16,7 @@ import jax
 import numpy as np
 from aiohttp import web
 from conftest import ROOT
+from PIL import Image
 
 from flip_jax import config
 from flip_jax.checkpoint import save_weights
@@ -28,6 +31,7 @@ from flip_jax.search.builder import build_index
 from flip_jax.search.server import host_names, load_engine
 
 RERANK = 8
+TEXT = "a young man with a beard and a hat"
 
 
 @functools.cache
@@ -146,3 +150,21 @@ def cosines(engine, vector: np.ndarray) -> np.ndarray:
     """Cosine of `vector` to every face, float64 [N], without the index's search."""
     vectors = np.stack([engine.index.vector(face) for face in range(len(engine.index))])
     return vectors.astype(np.float64) @ vector.astype(np.float64)
+
+
+def encoded(image: np.ndarray, kind: str = "PNG") -> str:
+    """A picture as a search carries it."""
+    memory = io.BytesIO()
+    Image.fromarray(image).save(memory, kind)
+    return base64.b64encode(memory.getvalue()).decode()
+
+
+def photo(world: World, face: int) -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(world.engine.record(face).image)).convert("RGB"))
+
+
+def error(found) -> tuple[int, str]:
+    """(status, code) of an answer that is an error."""
+    status, body = found
+    assert body.keys() == {"error"} and body["error"]["message"]
+    return status, body["error"]["code"]

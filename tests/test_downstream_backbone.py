@@ -7,9 +7,9 @@ import tiny_downstream
 from flax import nnx
 
 from flip_jax.data.tokenizer import Tokenizer
-from flip_jax.downstream.backbone import Backbone, params_digest, probe_blocks
+from flip_jax.downstream.backbone import Backbone, probe_blocks
 from flip_jax.models.vit import normalize_pixels
-from flip_jax.weights import read_weights
+from flip_jax.weights import params_digest, read_weights
 
 TEXTS = ["a young woman", "an older man with a beard", "a person wearing a hat"]
 

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -14,13 +15,21 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
 from flip_jax.config import DataConfig
 from flip_jax.data.pipeline import BadData, Gallery, TrainPipeline
+from flip_jax.data.record_sketch import sketch_at
 from flip_jax.data.record_writer import RecordWriter
-from flip_jax.data.records import BadRecord, Record, RecordSource, group_number
+from flip_jax.data.records import (
+    BadRecord,
+    Record,
+    RecordSource,
+    group_number,
+    join_strokes,
+)
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.data.transforms import decode_image, encode_jpeg, resize_image
 
@@ -309,6 +318,84 @@ def test_a_closed_stream_ends(make):
     stream.close()
     with pytest.raises(ValueError, match="closed"):
         next(stream)
+
+
+# --- sketches in the place of pictures
+
+
+def sketched(number: int) -> Record:
+    """Every third record has strokes, every third a scan, the others no sketch."""
+    fields = {name: getattr(record(number), name) for name in Record.__struct_fields__}
+    scan = np.full((20, 21), 255, np.uint8)
+    scan[3 + number % 10, 2:19] = scan[2:18, 5 + number % 10] = 0
+    lines = [np.array([(2.0, 3.0), (18.0, 3.0 + number % 10)]), np.array([(5.0, 4.0), (5.0, 22.0)])]
+    if number % 3 == 0:
+        fields["polylines"] = join_strokes(lines)
+    elif number % 3 == 1:
+        fields["drawings"] = [cv2.imencode(".png", scan)[1].tobytes()]
+    return Record(**fields)
+
+
+@pytest.fixture(scope="module")
+def sketches(tmp_path_factory) -> RecordSource:
+    folder = tmp_path_factory.mktemp("data") / "sketched"
+    return write(folder, [sketched(n) for n in range(RECORDS)])
+
+
+def sketch_pipeline(source, tokenizer, share, *place, seed=7) -> TrainPipeline:
+    plain = {"flip": False, "randaugment_ops": 0, "sketch_share": share}
+    cfg = dataclasses.replace(CONFIG, **plain)
+    return TrainPipeline(source, tokenizer, cfg, SIZE, seed, *place)
+
+
+def test_a_share_of_the_pictures_is_shown_as_sketches(sketches, tokenizer):
+    batches = take(sketch_pipeline(sketches, tokenizer, 0.4), 120)
+    shown = [0, 0, 0]  # by what the record has
+    stages = []
+    for number, image in (x for b in batches for x in zip(b["index"], b["image"], strict=True)):
+        item = sketches[int(number)]
+        if np.array_equal(image, resize_image(decode_image(item.image), SIZE)):
+            continue
+        shown[number % 3] += 1
+        # Grey, and a part of the ink of the whole sketch.
+        assert (image == image[..., :1]).all()
+        whole = sketch_at(item, [1.0], SIZE)[0]
+        assert not (image < 128)[whole == 255].any()
+        stages.append((255 - image.astype(float)).sum() / (255 - whole.astype(float)).sum())
+    assert shown[2] == 0 and all(0.3 * 320 < n < 0.5 * 320 for n in shown[:2])
+    # At all stages alike: the shares of the ink are spread evenly.
+    quarters = np.histogram(stages, bins=4, range=(0, 1.01))[0] / len(stages)
+    assert quarters.min() > 0.15 and quarters.max() < 0.4, quarters
+
+
+def test_sketches_are_drawn_anew_at_each_visit_and_alike_on_all_hosts(sketches, tokenizer):
+    one = take(sketch_pipeline(sketches, tokenizer, 0.5), 15)
+    assert_same(one[5:], take(sketch_pipeline(sketches, tokenizer, 0.5), 10, start=5))
+    hosts = [take(sketch_pipeline(sketches, tokenizer, 0.5, host, 2), 15) for host in (0, 1)]
+    for whole, first, second in zip(one, *hosts, strict=True):
+        np.testing.assert_array_equal(whole["image"], [*first["image"], *second["image"]])
+    pairs = [x for b in one for x in zip(b["index"], b["image"], strict=True)]
+    visits = {image.tobytes() for number, image in pairs if number == 3}
+    assert len(visits) >= 2  # of four visits, half of them a sketch
+
+
+def test_without_a_share_pictures_are_shown(sketches, tokenizer):
+    for batch in take(sketch_pipeline(sketches, tokenizer, 0.0), 4):
+        plain = [resize_image(decode_image(record(n).image), SIZE) for n in batch["index"]]
+        np.testing.assert_array_equal(batch["image"], plain)
+
+
+def test_a_sketch_that_cannot_be_drawn_counts_as_bad(tmp_path, tokenizer):
+    items = [sketched(n) for n in range(RECORDS)]
+    fields = {name: getattr(items[4], name) for name in Record.__struct_fields__}
+    items[4] = Record(**fields | {"drawings": [b"no picture"]})
+    damaged = write(tmp_path / "damaged", items)
+    cfg = dataclasses.replace(CONFIG, sketch_share=1.0, max_bad_fraction=0.5)
+    with TrainPipeline(damaged, tokenizer, cfg, SIZE, 7).batches() as stream:
+        for _ in range(4):
+            next(stream)
+        (name,) = stream.bad_records()
+    assert re.search(r"train-0000.*record.*sketch of id4: a drawing is no picture", name)
 
 
 # --- dirt

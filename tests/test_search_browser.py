@@ -13,7 +13,7 @@ pytest.importorskip("faiss", reason="search needs the extra `search`")
 pytest.importorskip("aiohttp", reason="search needs the extra `search`")
 pytest.importorskip("selenium", reason="driving a browser needs the extra `dev`")
 
-from search_world import RERANK, Served, make_world
+from search_world import RERANK, TEXT, Served, make_world
 from selenium import webdriver
 from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.chrome.service import Service
@@ -28,7 +28,6 @@ pytestmark = [
         reason="no Chromium here; on Debian: apt-get install chromium chromium-driver",
     ),
 ]
-TEXT = "a young man with a beard and a hat"
 
 
 @pytest.fixture(scope="module")

@@ -202,5 +202,5 @@ def test_heads_of_another_model_or_damaged(backbone, out, tmp_path):
     data = path.read_bytes()
     for number, damaged in enumerate((b"", data[: len(data) // 2], b"x" * 100)):
         (tmp_path / f"{number}.npz").write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"holds no SLFIR heads.*train them again"):
+        with pytest.raises(ValueError, match=r"holds no slfir heads.*train them again"):
             load_model(tmp_path / f"{number}.npz", backbone)

@@ -29,6 +29,7 @@ from absl import flags
 
 from flip_jax.config import DataConfig
 from flip_jax.data import transforms
+from flip_jax.data.record_sketch import sketch_at, sketch_kind
 from flip_jax.data.records import BadRecord, Record, RecordSource, group_number
 from flip_jax.data.sub_captions import draw_part
 from flip_jax.data.text_buckets import crop_texts
@@ -76,6 +77,29 @@ def read_record(
     return record, image
 
 
+def _read_shown(
+    source: RecordSource, number: int, stage: float | None, side: int
+) -> tuple[Record, np.ndarray]:
+    """Reads a record to train on.
+
+    Args:
+      stage: how much of its sketch to show, 0..1, where it has one; None = its picture.
+
+    Returns:
+      The record and what is shown, uint8 [side, side, 3].
+
+    Raises:
+      BadRecord: see `read_record`, and a sketch that cannot be drawn.
+    """
+    record, image = read_record(source, number)
+    if stage is None or sketch_kind(record) is None:
+        return record, transforms.resize_image(image, side)
+    try:
+        return record, sketch_at(record, [stage], side)[0]
+    except ValueError as error:
+        raise BadRecord(f"{source.where(number)}: {error}") from error
+
+
 @dataclass(frozen=True)
 class _Load:
     """Record number -> one training example."""
@@ -85,9 +109,9 @@ class _Load:
     image_size: int
 
     def __call__(self, number: int, rng: np.random.Generator) -> dict[str, Any]:
-        used, bad, record, image = self._first_good(int(number))
+        stage = self._sketch_stage(rng)
+        used, bad, record, image = self._first_good(int(number), stage)
         caption = record.captions[rng.integers(len(record.captions))]
-        image = transforms.resize_image(image, self.image_size)
         if self.cfg.flip:
             image = transforms.random_flip(image, rng)
         image = transforms.rand_augment(
@@ -103,13 +127,19 @@ class _Load:
             "bad": bad,
         }
 
-    def _first_good(self, number: int) -> tuple[int, int, Record, np.ndarray]:
-        """Returns the number of the first usable record from `number` on, and how many were not."""
+    def _sketch_stage(self, rng: np.random.Generator) -> float | None:
+        """How much is drawn of the sketch to show, 0..1; None = the picture is to be shown."""
+        share = self.cfg.sketch_share
+        return 1 - rng.random() if share and rng.random() < share else None
+
+    def _first_good(self, number: int, stage: float | None) -> tuple[int, int, Record, np.ndarray]:
+        """The first usable record from `number` on: its number, how many before it were not, the
+        record, and its picture or sketch as the model takes it."""
         records = len(self.source)
         for bad in range(min(records, _MAX_SUBSTITUTES)):
             used = (number + bad) % records
             try:
-                return used, bad, *read_record(self.source, used)
+                return used, bad, *_read_shown(self.source, used, stage, self.image_size)
             except BadRecord as error:
                 last = error
         raise BadData(
@@ -317,7 +347,7 @@ def _number(inspected: Sequence[Any]) -> int:
 
 def _complaint(source: RecordSource, number: int) -> str:
     try:
-        read_record(source, number)
+        _read_shown(source, number, stage=1.0, side=16)
     except BadRecord as error:
         return str(error)
     return f"{source.where(number)}: could not be read at first, now it can"

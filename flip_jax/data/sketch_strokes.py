@@ -105,15 +105,20 @@ def grow_raster(sketch: np.ndarray, steps: int) -> np.ndarray:
     Raises:
       ValueError: `steps` is below 1, or there is no line in the sketch.
     """
-    _check_steps(steps)
+    return raster_at(sketch, _even_shares(steps))
+
+
+def raster_at(sketch: np.ndarray, shares: Sequence[float]) -> np.ndarray:
+    """As `grow_raster`, with `shares` of the length of the lines, above 0 up to 1: uint8
+    [len(shares), H, W]."""
     levelled = level_paper(sketch)
     lines = trace_lines(levelled)
     if not lines:
         raise ValueError("the sketch is blank: no dark line on light paper")
-    shares = reveal_shares(levelled.shape, lines)
-    # The shares end at 1 but for rounding; the last step shows everything.
-    limits = np.append(np.arange(1, steps) / steps, np.inf).astype(np.float32)
-    return np.where(shares <= limits[:, None, None], levelled, np.uint8(255))
+    arrival = reveal_shares(levelled.shape, lines)
+    # They end at 1 but for rounding; a share of 1 shows everything.
+    limits = np.where(np.equal(shares, 1), np.inf, shares).astype(np.float32)
+    return np.where(arrival <= limits[:, None, None], levelled, np.uint8(255))
 
 
 def grow_strokes(
@@ -133,7 +138,14 @@ def grow_strokes(
     Raises:
       ValueError: `steps` is below 1, or there is no stroke.
     """
-    _check_steps(steps)
+    return strokes_at(strokes, shape, _even_shares(steps), side)
+
+
+def strokes_at(
+    strokes: Sequence[np.ndarray], shape: tuple[int, int], shares: Sequence[float], side: int
+) -> np.ndarray:
+    """As `grow_strokes`, with `shares` of the length, ascending, above 0 up to 1: uint8
+    [len(shares), S, S]."""
     if not strokes:
         raise ValueError("the sketch has no strokes")
     scale = side / np.array([shape[1], shape[0]])
@@ -142,7 +154,7 @@ def grow_strokes(
     ends = np.cumsum([length[-1] for length in lengths])
     paper, pictures = np.full((side, side), 255, np.uint8), []
     number = drawn = 0  # the stroke under the pen, and how far it goes, in pixels
-    for target in ends[-1] * np.arange(1, steps + 1) / steps:
+    for target in ends[-1] * np.asarray(shares):
         while number < len(scaled):
             start = ends[number] - lengths[number][-1]
             stop = min(target - start, lengths[number][-1])
@@ -168,9 +180,10 @@ def _draw_part(
     cv2.polylines(paper, [fixed], False, 32, width, cv2.LINE_AA, 4)
 
 
-def _check_steps(steps: int) -> None:
+def _even_shares(steps: int) -> np.ndarray:
     if steps < 1:
         raise ValueError(f"steps is {steps}, must be 1 or more")
+    return np.arange(1, steps + 1) / steps
 
 
 def _length(line: np.ndarray) -> float:

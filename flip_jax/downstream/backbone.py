@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,8 +30,7 @@ from flip_jax.config import Config, MeshConfig
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.models import flip
 from flip_jax.models.vit import VisionTransformer, normalize_pixels
-from flip_jax.named_arrays import named_leaves
-from flip_jax.weights import read_tokenizer, read_weights
+from flip_jax.weights import params_digest, read_tokenizer, read_weights
 
 Array = jax.Array
 
@@ -295,13 +292,3 @@ def _match_cls(model: flip.Flip, token_ids: Array, token_mask: Array, tokens: Ar
 
 def _on_host(result: Any, count: int) -> Any:
     return jax.tree.map(lambda array: np.asarray(array)[:count], result)
-
-
-def params_digest(params: Any) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes of all arrays, 64 hex digits."""
-    digest = hashlib.sha256()
-    for name, leaf in sorted(named_leaves(params).items()):
-        leaf = np.ascontiguousarray(leaf)
-        digest.update(json.dumps([name, str(leaf.dtype), list(leaf.shape)]).encode())
-        digest.update(leaf.reshape(-1).view(np.uint8))
-    return digest.hexdigest()

@@ -7,9 +7,6 @@ cosines = model.embed_queries(sketches, ["a bald man"] * len(sketches)) @ ...
 
 from __future__ import annotations
 
-import json
-import os
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from flip_jax.downstream.backbone import Backbone, Rows
+from flip_jax.downstream.saved_heads import read_heads, train_again, write_heads
 from flip_jax.downstream.slfir_features import KINDS, image_features, text_features
 from flip_jax.downstream.slfir_heads import Heads, project, together
-from flip_jax.named_arrays import named_leaves, nested
+from flip_jax.named_arrays import nested
 
 VERSION = 1
-_ABOUT = "about"
+_TASK = "slfir"
 
 
 class SketchModel:
@@ -59,23 +57,13 @@ class SketchModel:
 def save_heads(
     path: Path, backbone: Backbone, heads: Heads, kind: str, about: dict[str, Any]
 ) -> None:
-    """Writes the file, whole or not at all.
+    """Writes the file, see `saved_heads.write_heads`.
 
     Args:
-      backbone: what the heads were trained on.
       kind: of `slfir_features.KINDS`.
       about: what is to be known of the training; JSON types.
-
-    Raises:
-      OSError: the file cannot be written.
     """
-    described = about | {"version": VERSION, "features": kind, "backbone": backbone.origin}
-    arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(heads).items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        np.savez(file, **arrays, **{_ABOUT: np.array(json.dumps(described))})
-    os.replace(partial, path)
+    write_heads(path, backbone, heads, about | {"version": VERSION, "features": kind})
 
 
 def load_model(path: Path | str, backbone: Backbone) -> SketchModel:
@@ -85,25 +73,11 @@ def load_model(path: Path | str, backbone: Backbone) -> SketchModel:
       FileNotFoundError: no such file.
       ValueError: the file is damaged, or its heads were trained on another backbone.
     """
-    path = Path(path)
-    again = "train them again with `python -m flip_jax.downstream slfir`"
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}; {again}")
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-        about = json.loads(str(arrays.pop(_ABOUT)))
-        version, kind, digest = about["version"], about["features"], about["backbone"]["digest"]
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} holds no SLFIR heads: {error}; {again}") from error
-    if version != VERSION or kind not in KINDS:
+    arrays, about = read_heads(Path(path), backbone, _TASK, VERSION)
+    kind = about.get("features")
+    if kind not in KINDS:
         raise ValueError(
-            f"{path} has version {version!r} and features {kind!r}, this flip_jax reads version "
-            f"{VERSION} of {', '.join(KINDS)}; {again}"
-        )
-    if digest != backbone.origin["digest"]:
-        raise ValueError(
-            f"{path} was trained on weights {digest[:16]} ({about['backbone']['checkpoint']}), "
-            f"these are {backbone.origin['digest'][:16]}; {again}"
+            f"{path} has features {kind!r}, this flip_jax reads {', '.join(KINDS)}; "
+            f"{train_again(_TASK)}"
         )
     return SketchModel(backbone, nested(arrays), kind, about)

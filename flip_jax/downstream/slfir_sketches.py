@@ -6,12 +6,9 @@ import hashlib
 import threading
 from typing import Any
 
-import cv2
 import numpy as np
 
-from flip_jax.data.records import Record
-from flip_jax.data.sketch_strokes import grow_raster, grow_strokes
-from flip_jax.data.transforms import BadImage, decode_image, jpeg_size, resize_image
+from flip_jax.data.record_sketch import sketch_at, sketch_kind
 from flip_jax.downstream.face_data import DataLacks
 from flip_jax.downstream.faces import Faces
 
@@ -30,9 +27,7 @@ class SketchFaces:
       faces: their pictures.
       steps: T, pictures of every sketch, from the first lines to the complete one.
       left_out: faces without a sketch or a caption.
-      origins: how many sketches are of which kind: `strokes` (lines in their own order), `steps`
-        (published step by step), `raster` (one picture, revealed in a made-up order, see
-        `flip_jax.data.sketch_strokes`).
+      origins: how many sketches are of which kind, see `record_sketch.sketch_kind`.
     """
 
     def __init__(self, faces: Faces, steps: int, per_person: int | None = None):
@@ -50,7 +45,7 @@ class SketchFaces:
         for row, person in enumerate(faces.groups.tolist()):
             if per_person is not None and taken[person] == per_person:
                 continue
-            origin = _origin(faces.record(row)) if faces.captions[row] else None
+            origin = sketch_kind(faces.record(row)) if faces.captions[row] else None
             if origin is None:
                 self.left_out += 1
                 continue
@@ -74,12 +69,8 @@ class SketchFaces:
         Raises:
           ValueError: the stored sketch cannot be decoded or is blank; names the record.
         """
-        record, side = self.faces.record(row), self.faces.image_size
-        try:
-            pictures = _grow(record, self.steps, side)
-        except ValueError as error:
-            raise ValueError(f"sketch of {record.id}: {error}") from error
-        return np.stack([_squash(picture, side) for picture in pictures])
+        shares = np.arange(1, self.steps + 1) / self.steps
+        return sketch_at(self.faces.record(row), shares, self.faces.image_size)
 
     def all_steps(self) -> np.ndarray:
         """1..T for every sketch: int32 [N, T]."""
@@ -154,33 +145,3 @@ def pair_rows(groups: np.ndarray, subject: str, *, one_each: bool) -> tuple[np.n
     if not photos:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     return np.concatenate(photos), np.concatenate(sketches)
-
-
-def _origin(record: Record) -> str | None:
-    """What kind of sketch a record has; None = none."""
-    if record.drawings:
-        return "steps" if len(record.drawings) > 1 else "raster"
-    return "strokes" if record.strokes else None
-
-
-def _grow(record: Record, steps: int, side: int) -> np.ndarray | list[np.ndarray]:
-    """T grey pictures uint8 [H, W]."""
-    if len(record.drawings) > 1:
-        # Evenly, the last step of the sketch being the last step shown.
-        given = -(-np.arange(1, steps + 1) * len(record.drawings) // steps) - 1
-        return [_grey(record.drawings[number]) for number in given]
-    if record.drawings:
-        return grow_raster(_grey(record.drawings[0]), steps)
-    return grow_strokes(record.strokes, jpeg_size(record.image), steps, side)
-
-
-def _grey(data: bytes) -> np.ndarray:
-    try:
-        return cv2.cvtColor(decode_image(data), cv2.COLOR_RGB2GRAY)
-    except BadImage as error:
-        raise ValueError(f"a drawing is no picture: {error}") from error
-
-
-def _squash(picture: np.ndarray, side: int) -> np.ndarray:
-    """Grey uint8 [H, W] as the model takes it, uint8 [side, side, 3]."""
-    return resize_image(cv2.cvtColor(picture, cv2.COLOR_GRAY2RGB), side)

@@ -5,11 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 
-import numpy as np
-
-from flip_jax.named_arrays import named_leaves
 from flip_jax.search.index import Manifest
-from flip_jax.weights import Weights
+from flip_jax.weights import Weights, params_digest
 
 
 def weights_digest(weights: Weights) -> str:
@@ -20,13 +17,12 @@ def weights_digest(weights: Weights) -> str:
     # As stored: a field that a later release adds must not change the digest. How a model is
     # computed does not change what it is.
     model = weights.meta["config"]["model"] | {"remat": None, "dtype": None}
-    about = {"model": model, "vocab_hash": weights.meta["vocab_hash"]}
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for name, leaf in sorted(named_leaves(weights.params).items()):
-        array = np.ascontiguousarray(leaf)
-        digest.update(json.dumps([name, str(array.dtype), list(array.shape)]).encode())
-        digest.update(array.reshape(-1).view(np.uint8))
-    return digest.hexdigest()
+    about = {
+        "model": model,
+        "vocab_hash": weights.meta["vocab_hash"],
+        "params": params_digest(weights.params),
+    }
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def check_same_model(manifest: Manifest, digest: str, index: str, checkpoint: str) -> None:
