@@ -184,9 +184,9 @@ def mm_celeba_hq(root: Path) -> None:
 PEOPLE = {"Ann_Lee": 2, "Bo_Chan": 1, "Cy_O_Neil": 3, "Di_Ngo": 2}
 
 
-def lfw_files(folder: Path | None = None) -> list[str]:
+def lfw_files(folder: Path | None = None, people: dict[str, int] = PEOPLE) -> list[str]:
     files = [
-        f"{name}/{name}_{n + 1:04d}.jpg" for name, count in PEOPLE.items() for n in range(count)
+        f"{name}/{name}_{n + 1:04d}.jpg" for name, count in people.items() for n in range(count)
     ]
     for number, file in enumerate(files if folder else ()):
         save(folder / file, jpeg(number))
@@ -220,8 +220,14 @@ def save_mat73(path: Path, numbers: dict[str, np.ndarray], texts: dict[str, list
         file.write(b"\x00\x02IM")
 
 
-def lfwa(root: Path, train: tuple[int, ...] = (1, 2, 4, 5, 6)) -> None:
-    files = lfw_files(root / "lfw-deepfunneled")
+def lfwa(
+    root: Path,
+    train: tuple[int, ...] = (1, 2, 4, 5, 6),
+    test: tuple[int, ...] = (3, 7, 8),
+    people: dict[str, int] = PEOPLE,
+) -> None:
+    """Rows of pictures count from 1."""
+    files = lfw_files(root / "lfw-deepfunneled", people)
     labels = np.stack([face(number).attributes for number in range(len(files))])
     save_mat73(
         root / "lfw_att_40.mat",
@@ -231,7 +237,6 @@ def lfwa(root: Path, train: tuple[int, ...] = (1, 2, 4, 5, 6)) -> None:
             "AttrName": [name.replace("_", " ") for name in reversed(ATTRIBUTES)],
         },
     )
-    test = (3, 7, 8)
     rows = {"indices_img_train": np.array([train]).T, "indices_img_test": np.array([test]).T}
     save_mat73(root / "indices_train_test.mat", rows, {})
 

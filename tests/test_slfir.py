@@ -180,7 +180,7 @@ def test_one_picture_per_person(tmp_path, backbone):
         ("--rerank=-1", "settings.rerank=-1: must be at least 0"),
         ("--rates=fast", "settings.rates='fast': must be numbers above 0"),
         ("--subjects=photo,dog", "settings.subjects='photo,dog': must be photo or other"),
-        ("--features=all", "settings.features=all: must be one of 'class', 'layers'"),
+        ("--features=all", "settings.features=all: must be one of 'class', 'layers', 'grid'"),
         ("--rates=nan", "settings.rates='nan'"),
         ("--test-split=dev", "no split 'dev'"),
         ("--test-split=train", "such as 'drawn:0', are there for train and for test"),

@@ -15,10 +15,12 @@ from flip_jax.downstream.slfir_features import (
     caption_rows,
     frozen_heads,
     fused_features,
+    grid_means,
     hard_matches,
     image_features,
 )
 from flip_jax.downstream.slfir_heads import Recipe, contrastive_loss, embed, together, train_heads
+from flip_jax.models.vit import normalize_pixels
 
 WIDTH, EMBED, STEPS = 12, 8, 3
 RECIPE = Recipe(40, 16, 0.0, 0.01, 0.5)
@@ -184,6 +186,32 @@ def test_features_begin_with_the_class_token(tiny):
     centred = states - states.mean(axis=2, keepdims=True)
     normed = centred / np.sqrt(centred.var(axis=2, keepdims=True) + 1e-5)
     np.testing.assert_allclose(long[:, width:], normed.reshape(10, -1), atol=5e-3)
+    # The tiny model has a grid of two by two patches, which are the cells.
+    grid = image_features(backbone, faces.images, "grid")
+    np.testing.assert_array_equal(grid[:, : long.shape[1]], long)
+    block = backbone.map_rows(first_block, faces.images)
+    centred = block - block.mean(axis=2, keepdims=True)
+    normed = centred / np.sqrt(centred.var(axis=2, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(grid[:, long.shape[1] :], normed.reshape(10, -1), atol=5e-3)
+
+
+def first_block(model, image):
+    """Patches of the first block that is looked at."""
+    return model.vit(normalize_pixels(image), return_blocks=True)[1][0][:, 1:]
+
+
+@pytest.mark.parametrize("side", [2, 4, 6, 14])
+def test_means_of_a_grid_by_loops(side):
+    patches = np.random.default_rng(side).normal(size=(3, side, side, 5)).astype(np.float32)
+    cells = min(side, 4)
+    found = np.asarray(grid_means(patches.reshape(3, side * side, 5)))
+    assert found.shape == (3, cells * cells, 5)
+    # Patch p lies in cell p * cells // side, so cell n begins at the first p not below n * side.
+    edges = [-(-n * side // cells) for n in range(cells + 1)]
+    for y in range(cells):
+        for x in range(cells):
+            cell = patches[:, edges[y] : edges[y + 1], edges[x] : edges[x + 1]]
+            np.testing.assert_allclose(found[:, y * cells + x], cell.mean((1, 2)), atol=1e-6)
 
 
 def test_frozen_heads_are_those_of_the_checkpoint(tiny):

@@ -241,13 +241,24 @@ def pool_states(
     Returns:
       float32 [B, V, D], V = 3 x states: of each the class token, mean and maximum over patches.
     """
+    return pool_tokens(block_states(vit, image, blocks, last_normed))
+
+
+def block_states(
+    vit: VisionTransformer, image: Array, blocks: tuple[int, ...], last_normed: bool = True
+) -> list[Array]:
+    """The states of `pool_states` before pooling, float32 [B, 1 + patches, D] each."""
     pixels = normalize_pixels(image) if image.dtype == jnp.uint8 else image
     tokens, outputs = vit(pixels, return_blocks=True)
     states = [outputs[block - 1] for block in blocks]
     states.append(tokens if last_normed else outputs[-1])
+    return [state.astype(jnp.float32) for state in states]
+
+
+def pool_tokens(states: list[Array]) -> Array:
+    """Float32 [B, V, D], see `pool_states`."""
     vectors = []
     for state in states:
-        state = state.astype(jnp.float32)
         patches = state[:, 1:]
         vectors += [state[:, 0], patches.mean(axis=1), patches.max(axis=1)]
     return jnp.stack(vectors, axis=1)

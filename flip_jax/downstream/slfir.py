@@ -53,8 +53,9 @@ class Settings:
     # that of another picture of the person. Both are done, each with heads of its own; the second
     # only where people have two pictures.
     subjects: str = "photo other"
-    # What the linear layers look at: `class`, the class token; `layers`, several blocks as well.
-    features: Literal["class", "layers"] = "layers"
+    # What the linear layers look at: `class`, the class token; `layers`, several blocks as well;
+    # `grid`, also where on the sheet things are.
+    features: Literal["class", "layers", "grid"] = "grid"
     train_steps: int = 10  # of each training and validation sketch, one from each tenth
     captions: int = 4  # of each training photo, at most
     negatives: int = 4  # draws of hard negatives for ITM

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flip_jax.downstream.attribute_head import normalize_states
-from flip_jax.downstream.backbone import Backbone, Rows, pool_states
+from flip_jax.downstream.backbone import Backbone, Rows, block_states, pool_tokens
 from flip_jax.downstream.features import FeatureCache
 from flip_jax.downstream.retrieval_features import FrozenGallery, FusedTower
 from flip_jax.downstream.slfir_sketches import PartialSketches, SketchFaces
@@ -27,8 +28,11 @@ from flip_jax.models.flip import Flip
 Array = jax.Array
 
 # `class`: the class token, W = D. `layers`: behind it, the class token, mean and maximum over
-# patches of several blocks, each normalised, W = (1 + V) D; see `backbone.pool_states`.
-KINDS = ("class", "layers")
+# patches of several blocks, each normalised, W = (1 + V) D; see `backbone.pool_states`. `grid`:
+# behind these, means over the cells of a grid of the first of the blocks, normalised; of all that
+# is here only they say where a line is.
+KINDS = ("class", "layers", "grid")
+CELLS = 4  # of the grid on each side; fewer where there are fewer patches
 
 
 @dataclass(frozen=True)
@@ -195,13 +199,33 @@ def _image_function(kind: str, blocks: tuple[int, ...]) -> Callable[[Flip, Array
     def features(model: Flip, image: Array) -> Array:
         if kind == "class":
             return model.encode_image(image)[0][:, 0].astype(jnp.float16)
-        states = pool_states(model.vit, image, blocks)
-        # The last three vectors are those of the last state, its class token first.
-        return jnp.concatenate(
-            [states[:, -3], normalize_states(states).reshape(len(states), -1)], axis=1
-        ).astype(jnp.float16)
+        states = block_states(model.vit, image, blocks)
+        vectors = [pool_tokens(states)]
+        if kind == "grid":
+            vectors.append(grid_means(states[0][:, 1:]))
+        normed = [normalize_states(each).reshape(len(image), -1) for each in vectors]
+        return jnp.concatenate([states[-1][:, 0], *normed], axis=1).astype(jnp.float16)
 
     return features
+
+
+def grid_means(patches: Array) -> Array:
+    """Means over the cells of a grid, which differ by at most one row and column of patches.
+
+    Args:
+      patches: [B, G * G, D], row by row.
+
+    Returns:
+      [B, n * n, D], n = min(G, CELLS), row by row.
+    """
+    side = math.isqrt(patches.shape[1])
+    cells = min(side, CELLS)
+    cell = np.arange(side) * cells // side
+    share = (cell == np.arange(cells)[:, None]) / np.bincount(cell)[:, None]
+    means = jnp.einsum(
+        "xc,yr,brcd->byxd", share, share, patches.reshape(len(patches), side, side, -1)
+    )
+    return means.reshape(len(patches), cells * cells, -1)
 
 
 def _text_class(model: Flip, token_ids: Array, token_mask: Array) -> Array:
