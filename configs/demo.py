@@ -59,7 +59,6 @@ def get_config() -> Config:
             drawn=DrawnConfig(train_identities=1500, test_identities=500, pictures=2, size=96),
             batch_size=64,
             tokenizer="grammar",
-            sketch_share=0.25,
         ),
         eval=EvalConfig(every_epochs=6.0, batch_size=64, rerank=16),
         checkpoint=CheckpointConfig(every_steps=None, every_minutes=2.0),

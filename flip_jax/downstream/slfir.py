@@ -55,7 +55,7 @@ class Settings:
     subjects: str = "photo other"
     # What the linear layers look at: `class`, the class token; `layers`, several blocks as well;
     # `grid`, also where on the sheet things are.
-    features: Literal["class", "layers", "grid"] = "grid"
+    features: Literal["class", "layers", "grid"] = "layers"
     train_steps: int = 10  # of each training and validation sketch, one from each tenth
     captions: int = 4  # of each training photo, at most
     negatives: int = 4  # draws of hard negatives for ITM
