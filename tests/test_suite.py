@@ -25,8 +25,8 @@ def get_config():
         attributes=attributes.Settings(epochs=2, fractions="100", resamples=20),
         slfir=slfir.Settings({slfir}),
         zero_shot=zero_shot.Settings(resamples=20),
-        parsing=parsing.Settings(size=32, channels=4, epochs=1, batch_size=8, resamples=20),
-        alignment=alignment.Settings(size=32, channels=4, epochs=1, batch_size=8, resamples=20),
+        parsing=parsing.Settings(size=32, channels=4, epochs=1, batch_size=11, resamples=20),
+        alignment=alignment.Settings(size=32, channels=4, epochs=1, batch_size=11, resamples=20),
     )
 """
 SLFIR = 'steps=4, train_steps=2, subjects="photo", epochs=1, negatives=1, rerank=2, resamples=20'

@@ -172,7 +172,11 @@ class Backbone:
 
 
 def stream_batches(
-    function: Callable[..., Any], mesh: jax.sharding.Mesh, batch_size: int, *rows: Rows
+    function: Callable[..., Any],
+    mesh: jax.sharding.Mesh,
+    batch_size: int,
+    *rows: Rows,
+    one_shape: bool = False,
 ) -> Iterator[Any]:
     """Yields `function(*batches)` as numpy trees, in order, rows cut over the devices of a mesh.
 
@@ -182,6 +186,8 @@ def stream_batches(
       function: one row out per row in.
       batch_size: a multiple of the number of devices.
       rows: see `Backbone.map_rows`.
+      one_shape: fill the last batch up to the size of the others, for functions that take long to
+        compile; otherwise to a power of two.
 
     Raises:
       ValueError: no row, or different lengths.
@@ -197,8 +203,8 @@ def stream_batches(
     def load(start: int) -> tuple[list[np.ndarray], int]:
         batch = [np.asarray(array[start : start + batch_size]) for array in rows]
         count = len(batch[0])
-        # Filled up to a power of two, so few shapes are ever compiled.
-        size = min(1 << (count - 1).bit_length(), batch_size)
+        # Filled up, so few shapes are ever compiled.
+        size = batch_size if one_shape else min(1 << (count - 1).bit_length(), batch_size)
         padding = -(-size // mesh.size) * mesh.size - count
         return [np.concatenate([b, np.repeat(b[-1:], padding, 0)]) for b in batch], count
 

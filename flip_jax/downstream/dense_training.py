@@ -170,7 +170,7 @@ class DenseNet:
         arrays = jax.device_put(arrays, NamedSharding(mesh, P()))
         tower = self.tower_on(mesh)
         apply = functools.partial(_say, self._graph, tower, arrays)
-        yield from stream_batches(apply, mesh, batch_size, squares)
+        yield from stream_batches(apply, mesh, batch_size, squares, one_shape=True)
 
     def mesh_of(self, batch_size: int) -> jax.sharding.Mesh:
         """As many devices of this process as divide a batch."""

@@ -65,7 +65,7 @@ class Settings:
     size: int | None = None  # pixels of the network's input
     channels: int | None = None  # width of the head
     epochs: int | None = None
-    batch_size: int | None = None  # of training; `--batch-size` has no say here
+    batch_size: int | None = None  # set as --batch_size; --batch-size is of frozen encoders
     finetune: bool | None = None  # whether the image tower is trained, too
     # Factor of the tanh warp, which gives the face the middle and squeezes what is around it into
     # the edges; 0 = none.
