@@ -113,8 +113,8 @@ def class_figure(
     top.set_xticks(places, classes, rotation=60, ha="right", fontsize=8)
     top.set(title="F1 of each class (%)", ylim=(0, 100))
     for label, (epochs, val, test) in curves.items():
-        bottom.plot(epochs, val, "--", color=COLOURS[label], label=f"{label}, validation")
-        bottom.plot(epochs, test, "-", color=COLOURS[label], label=f"{label}, test")
+        bottom.plot(epochs, val, "o--", color=COLOURS[label], label=f"{label}, validation")
+        bottom.plot(epochs, test, "o-", color=COLOURS[label], label=f"{label}, test")
     bottom.set(title="mean F1 (%)", xlabel="epoch")
     for axis in (top, bottom):
         axis.grid(alpha=0.3)
