@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import msgspec
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from flip_jax.downstream.parsing import (
 )
 from flip_jax.downstream.parsing_figure import class_colours, overlay
 from flip_jax.downstream.parsing_metrics import confusion, parsing_statistic, picture_f1
-from flip_jax.downstream.parsing_scoring import Frame
+from flip_jax.downstream.parsing_scoring import Frame, cross_entropy
 from flip_jax.downstream.tasks import run_task
 
 # 11 pictures are divided among no two devices: such a step compiles faster.
@@ -76,6 +77,23 @@ def test_a_class_that_is_only_found_counts_as_zero():
     matrices = confusion(np.array([2, 1]), np.array([1, 1]), 3)[None]
     numbers = parsing_statistic(matrices)(np.ones((1, 1)))[0]
     np.testing.assert_allclose(numbers, [100 / 3, 50, 200 / 3, 0])
+
+
+def test_the_loss_against_torch():
+    """Logits at a quarter of the size: value and gradient."""
+    torch = pytest.importorskip("torch", reason="the oracle needs PyTorch (extra `torch`)")
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 3, (2, 4, 4, 5)).astype(np.float32)
+    mask = rng.integers(0, 5, (2, 16, 16)).astype(np.uint8)
+    value, gradient = jax.value_and_grad(cross_entropy)(logits, {"mask": mask})
+    theirs = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
+    large = torch.nn.functional.interpolate(
+        theirs.permute(0, 3, 1, 2), (16, 16), mode="bilinear", align_corners=False
+    )
+    wanted = torch.nn.functional.cross_entropy(large, torch.tensor(mask.astype(np.int64)))
+    wanted.backward()
+    assert float(value) == pytest.approx(wanted.item(), rel=1e-6)
+    np.testing.assert_allclose(gradient, theirs.grad, atol=1e-7)
 
 
 @pytest.mark.parametrize(("align", "warp"), [("none", 0.0), ("points", 0.8), ("none", 0.8)])
