@@ -26,7 +26,8 @@ from flip_jax.downstream.dense_pictures import read_picture
 from flip_jax.downstream.face_data import DataLacks, FaceData
 
 PAGE = Path(__file__).parent.parent / "docs" / "alignment.md"
-FAST = ["--epochs=2", "--channels=4", "--batch-size=8", "--resamples=20", "--fractions=50 100"]
+# One batch size throughout, so that each function is compiled once.
+FAST = ["--epochs=2", "--channels=4", "--batch_size=8", "--resamples=20", "--fractions=50 100"]
 HIDDEN = [7, 50]
 NOTHING = Augment(**{name: 0.0 for name in vars(AUGMENT) if name != "normal"})
 
