@@ -124,7 +124,7 @@ def test_what_is_done_is_not_done_again(place, done, capsys):
     assert run(place, "--by=Male", "--attributes.seed=1", checkpoints=("a",)) == 0
     again = {path for path, time in times.items() if path.stat().st_mtime_ns != time}
     assert again == {out / "a" / "attributes" / "report.json"}
-    assert capsys.readouterr().out.count("is done, with the same weights") == 3
+    assert capsys.readouterr().out.count("is done, with the same weights") == len(TASKS) - 1
     # A report that is not the one that was noted, and one that is cut.
     path = out / "b" / "zero_shot" / "report.json"
     path.write_text(path.read_text()[:-20])
