@@ -114,7 +114,7 @@ def error_figure(
     for label, run in trained.items():
         for line, scores, name in (("--", run.val, "validation"), ("-", run.test, "test")):
             style = {"color": COLOURS[label], "label": f"{label}, {name}"}
-            epochs.plot(run.epochs, -scores, line, **style)
+            epochs.plot(run.epochs, -scores, line, marker=".", **style)
     epochs.set(title=f"NME {kind} (%)", xlabel="epoch")
     epochs.set_ylim(bottom=0)
     bottom.set(title=f"mean error of each point, NME {kind} (%)", xlabel="point")

@@ -82,7 +82,7 @@ class Settings:
     heatmap: int | None = None  # cells of a side of the heatmaps
     channels: int | None = None  # width of the head
     epochs: int | None = None  # of all training pictures; fewer pictures are shown more often
-    batch_size: int | None = None  # of training; `--batch-size` has no say here
+    batch_size: int | None = None  # set as --batch_size; --batch-size is of frozen encoders
     finetune: bool | None = None  # whether the image tower is trained, too
     # Of the input's side, what the longer side of the face's box takes.
     crop: float | None = None
