@@ -193,6 +193,17 @@ def test_a_step_is_that_of_training(backbone, data):
     rate = learning_rate(cfg.optim, 10, 30)
     tx = make_optimizer(cfg.optim, rate)
     opt_state = tx.init(heads)
+    own = dataclasses.replace(cfg, loss=dataclasses.replace(cfg.loss, candidates="global"))
+
+    @jax.jit  # once for all steps
+    def gradient(heads, twin, queue, batch, negatives, alpha):
+        given = {n: batch[n] for n in ("image", "token_ids", "token_mask", "group")}
+        options = {"cfg": own, "graphdef": backbone.graphdef, "negatives": negatives}
+        return jax.grad(
+            lambda heads: flip_loss(params | heads, twin, queue, given, alpha, None, **options),
+            has_aux=True,
+        )(heads)
+
     for number, batch in enumerate(batches):
         batch = jax.tree.map(jnp.asarray, batch)
         state, losses = step(backbone.params, state, batch)
@@ -206,16 +217,7 @@ def test_a_step_is_that_of_training(backbone, data):
         )
         assert valid["image"].all() and valid["text"].all()
 
-        def loss_of(
-            heads, *, batch=batch, twin=twin, queue=queue, negatives=negatives, number=number
-        ):
-            given = {n: batch[n] for n in ("image", "token_ids", "token_mask", "group")}
-            own = dataclasses.replace(cfg, loss=dataclasses.replace(cfg.loss, candidates="global"))
-            alpha = 0.4 * number / 20
-            options = {"cfg": own, "graphdef": backbone.graphdef, "negatives": negatives}
-            return flip_loss(params | heads, twin, queue, given, alpha, None, **options)
-
-        grads, aux = jax.jit(jax.grad(loss_of, has_aux=True))(heads)
+        grads, aux = gradient(heads, twin, queue, batch, negatives, jnp.float32(0.4 * number / 20))
         updates, opt_state = tx.update(grads, opt_state, heads)
         heads = optax.apply_updates(heads, updates)
         queue = flip.enqueue(
