@@ -73,6 +73,11 @@ class ModelConfig:
     logit_bias: float | None = None
     # Blocks of the decoder of masked image modelling; 0 = none, see `LossWeights.mim`.
     mim_depth: int = 0
+    # Entries of the visual tokenizer that this decoder tells apart, see `LossConfig.mim_target`;
+    # 0 = it predicts pixels.
+    mim_vocab: int = 0
+    # Whether it also predicts how well each patch will be guessed, for `loss.mim_masking=hard`.
+    mim_loss_head: bool = False
     # Compute type of matrix products; parameters, norms, softmax and losses stay float32.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     # What the backward pass recomputes: nothing, all but matrix products, or whole blocks.
@@ -114,10 +119,17 @@ class LossConfig:
     # the default); `ignore`: the pair is left out; `positive`: the target mass is shared among the
     # group (ALBEF, BLIP).
     same_group: Literal["negative", "ignore", "positive"] = "negative"
-    # Share of the patches that MIM hides, and whether in rectangles (BEiT, arXiv 2106.08254) or
-    # anywhere.
+    # What MIM predicts of a hidden patch: its normalised `pixels`, or the code that a frozen visual
+    # tokenizer gives it (FaRL, BEiT): a folder of `python -m flip_jax.visual_tokenizer`, or of
+    # `python -m flip_jax.convert --from dalle`.
+    mim_target: Literal["pixels", "tokens"] = "pixels"
+    mim_tokenizer: str | None = None
+    # Share of the patches that MIM hides, and which: in rectangles (`block`; BEiT, arXiv
+    # 2106.08254); anywhere (`random`); one whole part of the face and others anywhere (`region`,
+    # from masks or landmarks of the records); some of those that the momentum twin expects to be
+    # guessed worst, more and more up to half, and others anywhere (`hard`; arXiv 2304.05919).
     mim_share: float = 0.4
-    mim_masking: Literal["block", "random"] = "block"
+    mim_masking: Literal["block", "random", "region", "hard"] = "block"
 
 
 @dataclass(frozen=True)
@@ -335,12 +347,7 @@ def _validate_training(cfg: Config) -> None:
     _at_least(cfg, 0, "loss.weights.itm", "loss.weights.mim", "model.mim_depth")
     weight = loss.weights.contrastive
     _require(weight > 0, "loss.weights.contrastive", weight, "must be above 0")
-    depth, needed = cfg.model.mim_depth, loss.weights.mim > 0
-    allowed = f"must be {'1 or more' if needed else '0'} with loss.weights.mim={loss.weights.mim}"
-    _require((depth > 0) == needed, "model.mim_depth", depth, allowed)
-    hidden = loss.mim_share * cfg.model.vision.patches
-    allowed = f"must hide 1 to all but 1 of the {cfg.model.vision.patches} patches"
-    _require(1 <= hidden <= cfg.model.vision.patches - 1, "loss.mim_share", loss.mim_share, allowed)
+    _validate_mim(cfg)
     _require(
         0 < loss.temperature_min <= loss.temperature <= loss.temperature_max,
         "loss.temperature",
@@ -379,6 +386,32 @@ def _validate_training(cfg: Config) -> None:
         "unmasked_epochs",
         cfg.unmasked_epochs,
         "must be 0 up to epochs; above 0 only with model.vision.keep_patches",
+    )
+
+
+def _validate_mim(cfg: Config) -> None:
+    model, loss, patches = cfg.model, cfg.loss, cfg.model.vision.patches
+    depth, weight = model.mim_depth, loss.weights.mim
+    allowed = f"must be {'1 or more' if weight else '0'} with loss.weights.mim={weight}"
+    _require((depth > 0) == (weight > 0), "model.mim_depth", depth, allowed)
+    allowed = f"must hide 1 to all but 1 of the {patches} patches"
+    hidden = 1 <= loss.mim_share * patches <= patches - 1
+    _require(hidden, "loss.mim_share", loss.mim_share, allowed)
+    tokens, path, vocab = loss.mim_target == "tokens", loss.mim_tokenizer, model.mim_vocab
+    allowed = "the folder of a visual tokenizer" if tokens else "None"
+    allowed = f"must be {allowed} with loss.mim_target={loss.mim_target}"
+    _require(bool(path) == tokens, "loss.mim_tokenizer", path, allowed)
+    allowed = "the number of codes of loss.mim_tokenizer" if tokens else "0"
+    allowed = f"must be {allowed} with loss.mim_target={loss.mim_target}"
+    _require(vocab >= 2 if tokens else vocab == 0, "model.mim_vocab", vocab, allowed)
+    hard = loss.mim_masking == "hard"
+    allowed = f"must be {hard} with loss.mim_masking={loss.mim_masking}"
+    _require(model.mim_loss_head == hard, "model.mim_loss_head", model.mim_loss_head, allowed)
+    _require(
+        not hard or loss.contrastive == "itc",
+        "loss.mim_masking",
+        "hard",
+        "needs momentum twins, so loss.contrastive=itc",
     )
 
 

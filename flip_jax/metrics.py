@@ -47,6 +47,8 @@ LINE = (
     ("loss_sigmoid", "sigmoid {:.4f}"),
     ("loss_itm", "itm {:.4f}"),
     ("loss_mim", "mim {:.4f}"),
+    ("mim_accuracy", "mim right {:.1%}"),
+    ("loss_mim_rank", "mim rank {:.4f}"),
     ("learning_rate", "lr {:.2e}"),
     ("temperature", "temperature {:.4f}"),
     ("grad_norm", "grad norm {:.3f}"),
@@ -199,7 +201,9 @@ def model_flops_per_pair(
     D width, F MLP width, L layers, E the joint embedding, C the ITC candidates (index v: vision):
 
         ViT        2 (N_all - 1) 3p^2 D_v  +  L_v (8 N D_v^2 + 4 N^2 D_v + 4 N D_v F_v)
-        MIM        as ViT on all tokens, its blocks more, and 2 M D_v 3p^2 for M hidden patches
+        MIM        as ViT on all tokens, its blocks more, and 2 M D_v 3p^2 for M hidden patches, or
+                   2 M D_v V for V codes, without those of the tokenizer; with hard patches a
+                   forward pass of the twin more
         text       L 4 S D^2  +  ((L - 1) S + 1) (4 D^2 + 4 S D + 4 D F)
         fusion     3 text  +  L 4 N D_v D  +  3 ((L - 1) S + 1) (4 D^2 + 4 N D)  +  3 * 4 D
         heads      2 D_v E + 2 D E
@@ -250,8 +254,11 @@ def model_flops_per_pair(
     if cfg.loss.weights.mim:
         blocks = work(replace(vision, depth=vision.depth + cfg.model.mim_depth), n_all, False)
         hidden = round(cfg.loss.mim_share * vision.patches)
-        out = 2 * hidden * vision.width * 3 * vision.patch_size**2
+        width_out = cfg.model.mim_vocab or 3 * vision.patch_size**2
+        out = 2 * hidden * vision.width * width_out
         online += 2 * patch_embed + 3 * (blocks + out)
+        if cfg.loss.mim_masking == "hard":  # the twin looks at all patches, forward only
+            online += patch_embed + blocks
     if cfg.loss.contrastive == "sigmoid":
         return float(online + 3 * 2 * batch * embed)
     local = cfg.loss.local_batch if cfg.loss.candidates == "local" else batch

@@ -57,6 +57,14 @@ def target_alpha(cfg: Config, steps_per_epoch: int) -> optax.Schedule:
     return lambda step: cfg.loss.alpha * jnp.minimum(1.0, step / ramp)
 
 
+def hard_share(total_steps: int) -> optax.Schedule:
+    """Share of the hidden patches that are the hardest ones: linear from 0 to 1/2 over the run.
+
+    Source: arXiv 2304.05919 (HPM), section 3.4.
+    """
+    return lambda step: 0.5 * jnp.minimum(1.0, jnp.asarray(step, jnp.float32) / total_steps)
+
+
 def decay_mask(params: dict) -> dict:
     """True for kernels and embedding tables, False for norms, biases, class token, temperature."""
 

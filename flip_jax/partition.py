@@ -122,3 +122,15 @@ def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows of a batch -> global device arrays, rows over all devices."""
     sharding = batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def replicated(tree: Any, mesh: Mesh) -> Any:
+    """Arrays that every process has, or abstract ones, whole on every device."""
+    sharding = NamedSharding(mesh, P())
+
+    def place(x: Any) -> Any:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        return jax.make_array_from_process_local_data(sharding, x)
+
+    return jax.tree.map(place, tree)

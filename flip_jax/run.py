@@ -19,6 +19,7 @@ from flip_jax.data.records import RecordSource
 from flip_jax.data.sources import write_drawn
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.downstream.retrieval import RetrievalEvaluator
+from flip_jax.visual_tokenizer.saved import tokenizer_of
 
 
 class Run:
@@ -26,6 +27,7 @@ class Run:
 
     Attributes:
       mesh, tokenizer, source (training records), pipeline, gallery, evaluator, checkpointer.
+      visual_tokenizer: on the mesh, whole on each device; None without `loss.mim_target=tokens`.
       steps_per_epoch, total_steps, eval_steps (between evaluations; 0 = none in between).
       meta: what identifies the run in its checkpoints.
 
@@ -51,7 +53,9 @@ class Run:
         self.tokenizer = load_tokenizer(cfg)
         self.source = RecordSource(path, cfg.data.train_split)
         data = {"vocabulary": self.tokenizer.vocab_hash, "data": self.source.manifest_hash}
-        distributed.check_same(data)
+        self.visual_tokenizer, visual_digest = tokenizer_of(cfg) or (None, None)
+        distributed.check_same(data | {"visual tokenizer": str(visual_digest)})
+        self.visual_tokenizer = partition.replicated(self.visual_tokenizer, self.mesh)
         size = cfg.model.vision.image_size
         self.pipeline = TrainPipeline(
             self.source,
@@ -62,6 +66,7 @@ class Run:
             host_index,
             host_count,
             distributed.gather,
+            region_patch=cfg.model.vision.patch_size if needs_regions(cfg) else None,
         )
         self.gallery = Gallery(
             RecordSource(path, cfg.data.eval_split),
@@ -83,6 +88,7 @@ class Run:
             "config": to_dict(cfg),
             "vocab_hash": self.tokenizer.vocab_hash,
             "data_hash": self.source.manifest_hash,
+            "visual_tokenizer": visual_digest,
         }
         self.checkpointer = Checkpointer(workdir, cfg.checkpoint, self.meta)
 
@@ -90,6 +96,11 @@ class Run:
         """The part of this host's rows that the step reads, on the mesh."""
         rows = {name: batch[name] for name in batch if name not in ("index", "bad")}
         return partition.to_global(rows, self.mesh)
+
+
+def needs_regions(cfg: Config) -> bool:
+    """Whether batches bring `regions`."""
+    return cfg.loss.weights.mim > 0 and cfg.loss.mim_masking == "region"
 
 
 def load_tokenizer(cfg: Config) -> Tokenizer:

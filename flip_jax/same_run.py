@@ -27,16 +27,19 @@ def check_same_run(stored: Mapping[str, Any], current: Mapping[str, Any], folder
     """Compares the meta of a checkpoint with that of the run that wants to go on from it.
 
     Args:
-      stored, current: `config` (a dict), `vocab_hash`, `data_hash`; `stored` has `step` too.
+      stored, current: `config` (a dict), `vocab_hash`, `data_hash`, and `visual_tokenizer` (the
+        digest of the one whose codes are predicted) or not; `stored` has `step` too.
       folder: the checkpoint, for messages.
 
     Raises:
-      ValueError: model or vocabulary differ; all differences are listed. Others are logged.
+      ValueError: model, vocabulary or visual tokenizer differ; all differences are listed. Others
+        are logged.
     """
     differences = list(_differences(stored["config"], current["config"]))
     fatal = [line for name, line in differences if _is_fatal(name)]
-    if stored["vocab_hash"] != current["vocab_hash"]:
-        fatal.append(_difference("vocab_hash", stored["vocab_hash"], current["vocab_hash"]))
+    for name in ("vocab_hash", "visual_tokenizer"):
+        if stored.get(name) != current.get(name):
+            fatal.append(_difference(name, stored.get(name), current.get(name)))
     if fatal:
         raise ValueError(
             f"{folder} was written by a run of another model or vocabulary: {'; '.join(fatal)}. "

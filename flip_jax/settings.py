@@ -75,6 +75,23 @@ def from_arguments(cfg: Any, arguments: list[str]) -> Any:
     return cfg
 
 
+def set_fields(settings: Any, arguments: list[str]) -> Any:
+    """`settings` with every `--field=value` or `--field value` set.
+
+    Raises:
+      ValueError: an unknown field, a value of the wrong type, or something else.
+    """
+    items = iter(arguments)
+    for item in items:
+        if not item.startswith("--"):
+            raise ValueError(f"unknown argument {item!r}; fields are set as --field=value")
+        path, equals, value = item[2:].partition("=")
+        if not equals and (value := next(items, None)) is None:
+            raise ValueError(f"{item}: needs a value")
+        settings = override(settings, path.replace("-", "_"), value, "settings")
+    return settings
+
+
 def override(cfg: Any, path: str, text: str, name: str = "config") -> Any:
     """A copy of a dataclass with the field at dotted `path` set from the command line's `text`.
 

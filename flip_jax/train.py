@@ -19,7 +19,8 @@ from flip_jax.convert.init import initial_state
 from flip_jax.downstream.retrieval import Retrieval
 from flip_jax.losses.flip import flip_loss
 from flip_jax.models import flip
-from flip_jax.optim import learning_rate, make_optimizer, target_alpha
+from flip_jax.models.visual_tokenizer import VisualTokenizer
+from flip_jax.optim import hard_share, learning_rate, make_optimizer, target_alpha
 from flip_jax.profile import StepProfile
 from flip_jax.report import write_results
 from flip_jax.run import Run, StopSignal
@@ -36,7 +37,7 @@ class TrainState(TypedDict):
     step: Array  # int32 scalar: steps done
     params: flip.Params
     opt_state: optax.OptState
-    momentum: flip.Params  # the twins: params without those of flip.ONLINE_ONLY
+    momentum: flip.Params  # the twins, see flip.twin_params
     queue: dict[str, Array]  # image, text [Q, E], group [Q], pointer
     # The last two are empty with `loss.contrastive=sigmoid`.
 
@@ -64,8 +65,12 @@ def make_train_step(
     learning_rate: optax.Schedule,
     alpha: optax.Schedule,
     mesh: Mesh | None = None,
-) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
-    """The step as a pure function (state, batch) -> (state, metrics); the caller jits it.
+    hard_share: optax.Schedule = lambda _: 0.0,
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """The step as a pure function (state, batch, tokenizer=None) -> (state, metrics); not jitted.
+
+    `tokenizer` is the frozen one of `loss.mim_target=tokens`: an argument, or its weights would be
+    constants of the compiled step. `hard_share` is of `loss.mim_masking=hard`.
 
     `mesh` has the rows of the batch on all of its devices; None = one device.
 
@@ -75,7 +80,9 @@ def make_train_step(
     """
     graphdef = flip.build(cfg.model)
 
-    def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
+    def step(
+        state: TrainState, batch: dict[str, Array], tokenizer: VisualTokenizer | None = None
+    ) -> tuple[TrainState, dict[str, Array]]:
         number = state["step"]
         params = dict(state["params"])
         params["temperature"] = jnp.clip(
@@ -97,6 +104,8 @@ def make_train_step(
                 graphdef=graphdef,
                 mesh=mesh,
                 negatives=batch.get("negatives"),
+                tokenizer=tokenizer,
+                hard_share=hard_share(number),
             )
 
         grads, aux = jax.grad(loss_of, has_aux=True)(params)
@@ -118,9 +127,9 @@ def make_train_step(
         }
         return new_state, metrics
 
-    def step_on_mesh(state: TrainState, batch: dict[str, Array]):
+    def step_on_mesh(*arguments: Any) -> tuple[TrainState, dict[str, Array]]:
         with use_abstract_mesh(mesh.abstract_mesh):  # where the towers find it
-            return step(state, batch)
+            return step(*arguments)
 
     return step if mesh is None else step_on_mesh
 
@@ -131,7 +140,8 @@ class Compiled:
     Attributes:
       target: the train state as `jax.ShapeDtypeStruct` with shardings.
       init: () -> a fresh state.
-      step: (state, device batch) -> (state, metrics); the state's buffers are donated.
+      step: (state, device batch, visual tokenizer or None) -> (state, metrics); the state's
+        buffers are donated.
       unmasked: config and step of unmasked tuning, on all patches.
       masked_steps: after so many steps the run goes over to that.
     """
@@ -149,7 +159,8 @@ class Compiled:
         self.init = jax.jit(lambda: init_state(cfg, tx), out_shardings=shardings)
 
         def jitted(cfg: Config) -> Callable[..., Any]:
-            step = make_train_step(cfg, tx, rate, target_alpha(cfg, steps_per_epoch), mesh)
+            schedules = rate, target_alpha(cfg, steps_per_epoch)
+            step = make_train_step(cfg, tx, *schedules, mesh, hard_share(steps))
             return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
         self.step = jitted(cfg)
@@ -220,7 +231,7 @@ def _train_from(
                 steps.begin(step, cfg)
             step += 1
             profile.begin(step)
-            state, metrics = take_step(state, run.to_devices(batch))
+            state, metrics = take_step(state, run.to_devices(batch), run.visual_tokenizer)
             profile.end(step, metrics)
             steps.add(step, metrics, batch)
             if step % run.cfg.log_every_steps == 0:

@@ -13,7 +13,7 @@ from tiny_run import CFG, batches
 from flip_jax import config
 from flip_jax.config import LossWeights
 from flip_jax.losses.flip import flip_loss
-from flip_jax.losses.mim import hidden_patches, mim_loss, pixel_targets
+from flip_jax.losses.mim import pixel_errors, pixel_targets
 from flip_jax.models import flip
 from flip_jax.models.vit import normalize_pixels
 from flip_jax.optim import make_optimizer
@@ -26,38 +26,6 @@ MIM = replace(
 )
 
 
-@pytest.mark.parametrize("masking", ["block", "random"])
-@pytest.mark.parametrize("count", [1, 30, 78, 195])
-def test_exactly_so_many_patches_are_hidden(masking, count):
-    hidden = np.asarray(hidden_patches(jax.random.key(1), 50, 14, count, masking))
-    assert hidden.shape == (50, count)
-    assert (np.diff(hidden, axis=1) > 0).all() and hidden.min() >= 0 and hidden.max() < 196
-    assert len({tuple(row) for row in hidden}) > 15  # at 195 those that leave out the middle
-
-
-def neighbours(hidden, grid=14):
-    """Share of the hidden patches' neighbours to the right that are hidden, too."""
-    mask = np.zeros((len(hidden), grid * grid), bool)
-    np.put_along_axis(mask, hidden, True, axis=1)
-    mask = mask.reshape(-1, grid, grid)
-    return (mask[:, :, 1:] & mask[:, :, :-1]).sum() / mask[:, :, :-1].sum()
-
-
-def test_blocks_are_rectangles_everywhere_in_the_picture():
-    block, spread = (
-        np.asarray(hidden_patches(jax.random.key(2), 2000, 14, 78, masking))
-        for masking in ("block", "random")
-    )
-    assert abs(neighbours(spread) - 77 / 195) < 0.01
-    assert neighbours(block) > 0.7
-    share = np.bincount(block.ravel(), minlength=196) / 2000
-    assert share.min() > 0.02 and share.max() > 0.7  # few rectangles reach the corners
-    np.testing.assert_allclose(share, share[::-1], atol=0.06)
-    np.testing.assert_allclose(
-        np.bincount(spread.ravel(), minlength=196) / 2000, 78 / 196, atol=0.06
-    )
-
-
 def test_targets_are_patches_of_mean_0_and_variance_1():
     rng = np.random.default_rng(0)
     patches = rng.normal(3.0, 2.0, size=(2, 16, 48)).astype(np.float32)
@@ -67,7 +35,8 @@ def test_targets_are_patches_of_mean_0_and_variance_1():
     expected = chosen - chosen.mean(-1, keepdims=True)
     expected /= np.sqrt(chosen.var(-1, ddof=1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(targets, expected, atol=1e-5)
-    assert mim_loss(targets + 0.5, targets) == pytest.approx(0.25, rel=1e-5)
+    errors = pixel_errors(targets + np.array([[[0.5], [0.0], [1.0]]]), targets)
+    np.testing.assert_allclose(errors, np.tile([0.25, 0.0, 1.0], (2, 1)), rtol=1e-5, atol=1e-12)
 
 
 def test_hidden_patches_are_not_seen_and_the_others_are():
@@ -76,12 +45,18 @@ def test_hidden_patches_are_not_seen_and_the_others_are():
     (batch,) = batches(1)
     image = batch["image"][:2].copy()
     hidden = np.array([[0, 5, 6], [0, 2, 15]], np.int32)
-    before = model.predict_hidden(image, hidden)
+
+    def predicted(image):
+        found = model.predict_hidden(image, hidden)
+        assert found.keys() == {"patches"}
+        return found["patches"]
+
+    before = predicted(image)
     assert before.shape == (2, 3, 3 * 8 * 8) and before.dtype == jnp.float32
     image[:, :8, :8] = 255 - image[:, :8, :8]  # patch 0, hidden in both
-    np.testing.assert_array_equal(model.predict_hidden(image, hidden), before)
+    np.testing.assert_array_equal(predicted(image), before)
     image[:, 8:16, :8] = 255 - image[:, 8:16, :8]  # patch 4, in full view
-    assert (np.abs(model.predict_hidden(image, hidden) - before).max(axis=(1, 2)) > 1e-4).all()
+    assert (np.abs(predicted(image) - before).max(axis=(1, 2)) > 1e-4).all()
     # Nothing hidden at all: what the image tower makes of the picture, before its last norm.
     pixels = normalize_pixels(jnp.asarray(image))
     tokens = model.vit.encode_hidden(pixels, np.zeros((2, 16), bool), model.mim.mask_token[...])
@@ -141,6 +116,24 @@ def test_learns_to_guess_a_fixed_batch():
         (["loss.weights.mim=1"], r"model\.mim_depth=0: must be 1 or more with loss\.weights\.mim"),
         (["model.mim_depth=1"], r"model\.mim_depth=1: must be 0 with loss\.weights\.mim=0"),
         (["loss.mim_share=0.999"], r"loss\.mim_share=0\.999: must hide 1 to all but 1 of the 196"),
+        (["loss.mim_target=tokens"], r"loss\.mim_tokenizer=None: must be the folder of a visual"),
+        (["loss.mim_tokenizer=a"], r"loss\.mim_tokenizer='a': must be None with .*=pixels"),
+        (
+            ["loss.mim_target=tokens", "loss.mim_tokenizer=a"],
+            r"model\.mim_vocab=0: must be the number of codes of loss\.mim_tokenizer",
+        ),
+        (["model.mim_vocab=9"], r"model\.mim_vocab=9: must be 0 with loss\.mim_target=pixels"),
+        (["loss.mim_masking=hard"], r"model\.mim_loss_head=False: must be True with .*=hard"),
+        (["model.mim_loss_head=true"], r"model\.mim_loss_head=True: must be False with .*=block"),
+        (
+            [
+                "loss.mim_masking=hard",
+                "model.mim_loss_head=true",
+                "loss.contrastive=sigmoid",
+                "model.logit_bias=-10",
+            ],
+            r"loss\.mim_masking='hard': needs momentum twins",
+        ),
         (["loss.weights.contrastive=0"], r"loss\.weights\.contrastive=0.*must be above 0"),
     ],
 )

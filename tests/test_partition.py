@@ -24,7 +24,7 @@ def first_moments(state):
     return {name.split("/mu/")[1]: leaf for name, leaf in named.items() if "/mu/" in name}
 
 
-def run(devices, fsdp, cfg=CFG, steps=3):
+def run(devices, fsdp, cfg=CFG, steps=3, tokenizer=None):
     """Three steps on a mesh: metrics of each, the first gradient, the final state."""
     mesh = partition.make_mesh(MeshConfig(fsdp=fsdp), jax.devices()[:devices])
     # Adam's own eps of 1e-8 makes steps of full size out of gradients that are rounding noise.
@@ -33,11 +33,11 @@ def run(devices, fsdp, cfg=CFG, steps=3):
     shardings = partition.state_shardings(shapes, mesh)
     state = jax.jit(lambda: init_state(cfg, tx), out_shardings=shardings)()
     rate, alpha = (lambda _: jnp.float32(1e-3)), (lambda _: jnp.float32(0.4))
-    step = make_train_step(cfg, tx, rate, alpha, mesh)
+    step = make_train_step(cfg, tx, rate, alpha, mesh, lambda _: 0.4)
     step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    metrics, gradient = [], None
+    metrics, gradient, tokenizer = [], None, partition.replicated(tokenizer, mesh)
     for batch in batches(steps):
-        state, values = step(state, partition.to_global(batch, mesh))
+        state, values = step(state, partition.to_global(batch, mesh), tokenizer)
         metrics.append(jax.device_get(values))
         gradient = gradient or first_moments(state)
     if fsdp > 1:

@@ -23,6 +23,8 @@ from flip_jax.compile.hlo import Module
 from flip_jax.compile.topology import Chip, chip_of
 from flip_jax.config import Config, MeshConfig
 from flip_jax.metrics import model_flops_per_pair, peak_flops
+from flip_jax.run import needs_regions
+from flip_jax.visual_tokenizer.saved import tokenizer_of
 
 # Passes of the compiler whose text is kept. The partitioned module still has every matrix product
 # as such; just before libtpu makes collectives asynchronous, they are merged and in their type.
@@ -83,12 +85,21 @@ def abstract_batch(cfg: Config, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeD
     ids, mask = array((rows, tokens), jnp.int32), array((rows, tokens), jnp.bool_)
     whole = cfg.data.contrastive_text == "caption"
     part = {} if whole else {"part_ids": ids, "part_mask": mask}
+    if needs_regions(cfg):
+        part["regions"] = array((rows, cfg.model.vision.patches), jnp.uint32)
     return part | {
         "image": array((rows, side, side, 3), jnp.uint8),
         "token_ids": ids,
         "token_mask": mask,
         "group": array((rows,), jnp.int32),
     }
+
+
+def abstract_tokenizer(cfg: Config, mesh: jax.sharding.Mesh) -> Any:
+    """The visual tokenizer of the step, or None; its folder is read for the sizes."""
+    found = tokenizer_of(cfg)
+    shapes = jax.eval_shape(lambda: found[0]) if found else None
+    return partition.replicated(shapes, mesh)
 
 
 def compile_step(
@@ -122,27 +133,27 @@ def compile_step(
     chip = chip_of(device)
     capacity = chip.hbm_bytes if chip else _capacity(device)
     compiled = train.Compiled(cfg, mesh, steps_per_epoch, steps)
-    batch = abstract_batch(cfg, mesh)
+    inputs = abstract_batch(cfg, mesh), abstract_tokenizer(cfg, mesh)
     step = CompiledStep(
         device_kind=device.device_kind,
         mesh=dict(mesh.shape),
         slices=slices,
         peak=peak_flops(device),
         chip=chip,
-        memory=memory.without_temporaries(memory.parts_of(compiled.target, batch), capacity),
+        memory=memory.without_temporaries(memory.parts_of(compiled.target, inputs), capacity),
         advice=(),
         model_flops=model_flops_per_pair(cfg) * rows / mesh.size,
     )
     if step.memory.fits is not False:
-        step = _compile(step, compiled, batch, ("tpu",) if chip else None)
+        step = _compile(step, compiled, inputs, ("tpu",) if chip else None)
     if step.memory.fits is False:
-        sizes = _state_sizes(compiled.target, batch, devices, slices)
+        sizes = _state_sizes(compiled.target, inputs, devices, slices)
         lines = memory.advice(cfg, step.memory, step.chips, sizes)
         step = dataclasses.replace(step, advice=lines)
     return step
 
 
-def _state_sizes(state: Any, batch: Any, devices: Sequence[Any], slices: int) -> dict[int, float]:
+def _state_sizes(state: Any, inputs: Any, devices: Sequence[Any], slices: int) -> dict[int, float]:
     """`mesh.fsdp` -> bytes of state and batch on one chip, for each size that is possible."""
     sizes, in_slice = {}, len(devices) // slices
     for fsdp in (n for n in range(1, in_slice + 1) if in_slice % n == 0):
@@ -152,20 +163,21 @@ def _state_sizes(state: Any, batch: Any, devices: Sequence[Any], slices: int) ->
             state,
             partition.state_shardings(state, mesh),
         )
-        sizes[fsdp] = sum(memory.parts_of(cut, batch).values())
+        sizes[fsdp] = sum(memory.parts_of(cut, inputs).values())
     return sizes
 
 
 def _compile(
     step: CompiledStep,
     compiled: train.Compiled,
-    batch: dict[str, Any],
+    inputs: tuple[Any, ...],
     platforms: tuple[str, ...] | None,
 ) -> CompiledStep:
-    """`platforms` to compile for; None = that of the devices here."""
+    """`inputs` of the step beside the state; `platforms` to compile for, None = that of the devices
+    here."""
     parts, capacity = step.memory.parts, step.memory.capacity
     start = time.perf_counter()
-    traced = compiled.step.trace(compiled.target, batch)
+    traced = compiled.step.trace(compiled.target, *inputs)
     lowered = traced.lower(lowering_platforms=platforms)
     # The compiler's reports tell more than its result, and some of it even when it fails.
     with tempfile.TemporaryDirectory(prefix="flip_jax_compile_") as dump:

@@ -19,6 +19,8 @@ FORMATS = """formats
                 names (a state dict, not a TorchScript archive)
   --from farl   image tower: released FaRL file (`state_dict`)
   --from bert   text tower without cross-attention: Hugging Face BERT folder or file
+  --from dalle  visual tokenizer: encoder of DALL-E's dVAE, FlavaImageCodebook folder or file, or
+                the state dict of OpenAI's encoder
   --to flip     .pth with the official names, order and layouts, momentum and queue included
   --to hf       folder for transformers: CLIPVisionModel, BlipTextModel, heads, tokenizer
   --to clip     image tower as a .pth with OpenAI's names, `visual.*`; --to farl: the same, under
@@ -26,7 +28,8 @@ FORMATS = """formats
   --to safetensors   folder for flip_jax.load: model.safetensors, config.json, vocab.txt
 
 OUT of an import is a checkpoint: start a run from it with --config.init.checkpoint=OUT (flip),
---config.init.vision=OUT (clip, farl) or --config.init.text=OUT (bert). See docs/convert.md."""
+--config.init.vision=OUT (clip, farl) or --config.init.text=OUT (bert). That of dalle is for
+--config.loss.mim_tokenizer=OUT and takes no other options. See docs/convert.md."""
 
 IMPORT_OPTIONS = (
     "image_size",
@@ -48,7 +51,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     direction = parser.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--from", dest="source_format", choices=("flip", "clip", "bert", "farl"))
+    direction.add_argument(
+        "--from", dest="source_format", choices=("flip", "clip", "bert", "farl", "dalle")
+    )
     direction.add_argument(
         "--to", dest="target_format", choices=("flip", "hf", "clip", "farl", "safetensors")
     )
@@ -81,9 +86,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     imports.add_argument("--seed", type=int, default=0, help="of values the source lacks")
     args = parser.parse_args(argv)
     given = [n for n in IMPORT_OPTIONS if getattr(args, n) != parser.get_default(n)]
-    if args.target_format and given:
+    if (args.target_format or args.source_format == "dalle") and given:
         flags = ", ".join("--" + name.replace("_", "-") for name in given)
-        parser.error(f"only with --from: {flags}")
+        where = "only with --from" if args.target_format else "not with --from dalle"
+        parser.error(f"{where}: {flags}")
     return args
 
 
@@ -98,7 +104,11 @@ def main(argv: list[str] | None = None) -> int:
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        if args.source_format:
+        if args.source_format == "dalle":
+            from flip_jax.convert.dalle import import_dalle
+
+            print(import_dalle(args.source, args.out))
+        elif args.source_format:
             options = Options(
                 tokenizer=args.tokenizer, **{name: getattr(args, name) for name in IMPORT_OPTIONS}
             )

@@ -73,6 +73,9 @@ def initial_state(cfg: Config, state: Mapping[str, Any]) -> dict[str, Any]:
     if twins is None or init.vision or init.text:
         twins = jax.tree.map(jnp.copy, flip.twin_params(params))
     else:
+        # Those of a checkpoint of another MIM masking may lack the decoder, or have it in excess.
+        own = flip.twin_params(params)
+        twins = {name: twins.get(name, jax.tree.map(jnp.copy, own[name])) for name in own}
         twins = _placed(twins, state["momentum"])
     if queue is not None and queue["group"].shape != state["queue"]["group"].shape:
         _log.warning(

@@ -19,10 +19,13 @@ from transformers import (
     BlipTextModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    FlavaImageCodebook,
+    FlavaImageCodebookConfig,
 )
 
 from flip_jax.config import ModelConfig, TextConfig, VisionConfig
 from flip_jax.convert.check import Inputs, Outputs
+from flip_jax.models.visual_tokenizer import TokenizerConfig
 
 
 def vision_config(cfg: VisionConfig) -> CLIPVisionConfig:
@@ -178,6 +181,23 @@ def bert_outputs(
     model = load(BertModel(config, add_pooling_layer=False), state)
     ids, mask = _texts(inputs)
     return _numpy({"text_tokens": model(ids, attention_mask=mask).last_hidden_state})
+
+
+@torch.no_grad()
+def dalle_outputs(
+    tensors: Mapping[str, np.ndarray], cfg: TokenizerConfig, pixels: np.ndarray
+) -> Outputs:
+    """`logits` [B, G, G, V] of DALL-E's encoder under `transformers`' names.
+
+    Args:
+      pixels: float32 [B, S, S, 3] in 0..1.
+    """
+    config = FlavaImageCodebookConfig(
+        hidden_size=cfg.width, vocab_size=cfg.codes, num_blocks_per_group=cfg.blocks
+    )
+    model = load(FlavaImageCodebook(config), tensors)
+    mapped = 0.8 * torch.tensor(pixels).permute(0, 3, 1, 2) + 0.1
+    return _numpy({"logits": model(mapped).permute(0, 2, 3, 1)})
 
 
 class OpenAiVision(nn.Module):

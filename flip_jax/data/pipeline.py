@@ -31,6 +31,7 @@ from flip_jax.config import DataConfig
 from flip_jax.data import transforms
 from flip_jax.data.record_sketch import sketch_at, sketch_kind
 from flip_jax.data.records import BadRecord, Record, RecordSource, group_number
+from flip_jax.data.regions import label_map, region_map
 from flip_jax.data.sub_captions import draw_part
 from flip_jax.data.text_buckets import crop_texts
 from flip_jax.data.tokenizer import Tokenizer
@@ -78,24 +79,27 @@ def read_record(
 
 
 def _read_shown(
-    source: RecordSource, number: int, stage: float | None, side: int
-) -> tuple[Record, np.ndarray]:
+    source: RecordSource, number: int, stage: float | None, side: int, regions: bool
+) -> tuple[Record, np.ndarray, np.ndarray | None]:
     """Reads a record to train on.
 
     Args:
       stage: how much of its sketch to show, 0..1, where it has one; None = its picture.
+      regions: whether the label map is asked for.
 
     Returns:
-      The record and what is shown, uint8 [side, side, 3].
+      The record, what is shown, uint8 [side, side, 3], and the label map of its picture, see
+      `regions.label_map`.
 
     Raises:
-      BadRecord: see `read_record`, and a sketch that cannot be drawn.
+      BadRecord: see `read_record`, and a sketch that cannot be drawn or a mask that is none.
     """
     record, image = read_record(source, number)
-    if stage is None or sketch_kind(record) is None:
-        return record, transforms.resize_image(image, side)
     try:
-        return record, sketch_at(record, [stage], side)[0]
+        labels = label_map(record, *image.shape[:2], side) if regions else None
+        if stage is None or sketch_kind(record) is None:
+            return record, transforms.resize_image(image, side), labels
+        return record, sketch_at(record, [stage], side)[0], labels
     except ValueError as error:
         raise BadRecord(f"{source.where(number)}: {error}") from error
 
@@ -107,18 +111,23 @@ class _Load:
     source: RecordSource
     cfg: DataConfig
     image_size: int
+    region_patch: int | None = None
 
     def __call__(self, number: int, rng: np.random.Generator) -> dict[str, Any]:
         stage = self._sketch_stage(rng)
-        used, bad, record, image = self._first_good(int(number), stage)
+        used, bad, record, image, labels = self._first_good(int(number), stage)
+        moves = None if labels is None else []
         caption = record.captions[rng.integers(len(record.captions))]
         if self.cfg.flip:
-            image = transforms.random_flip(image, rng)
+            image = transforms.random_flip(image, rng, moves)
         image = transforms.rand_augment(
-            image, rng, self.cfg.randaugment_ops, self.cfg.randaugment_level
+            image, rng, self.cfg.randaugment_ops, self.cfg.randaugment_level, moves
         )
         kind = self.cfg.contrastive_text
         part = {} if kind == "caption" else {"part": draw_part(caption, kind, rng)}
+        if labels is not None:
+            moved = transforms.move_labels(labels, moves)
+            part["regions"] = region_map(moved, self.region_patch)
         return part | {
             "image": image,
             "caption": caption,
@@ -132,14 +141,18 @@ class _Load:
         share = self.cfg.sketch_share
         return 1 - rng.random() if share and rng.random() < share else None
 
-    def _first_good(self, number: int, stage: float | None) -> tuple[int, int, Record, np.ndarray]:
+    def _first_good(
+        self, number: int, stage: float | None
+    ) -> tuple[int, int, Record, np.ndarray, np.ndarray | None]:
         """The first usable record from `number` on: its number, how many before it were not, the
-        record, and its picture or sketch as the model takes it."""
+        record, its picture or sketch as the model takes it, and its label map if asked for."""
         records = len(self.source)
         for bad in range(min(records, _MAX_SUBSTITUTES)):
             used = (number + bad) % records
             try:
-                return used, bad, *_read_shown(self.source, used, stage, self.image_size)
+                regions = self.region_patch is not None
+                shown = _read_shown(self.source, used, stage, self.image_size, regions)
+                return used, bad, *shown
             except BadRecord as error:
                 last = error
         raise BadData(
@@ -160,6 +173,8 @@ class _Collate:
         if "part" in examples[0]:
             part_ids, part_mask = self.tokenizer([example["part"] for example in examples])
             part = {"part_ids": part_ids, "part_mask": part_mask}
+        if "regions" in examples[0]:
+            part["regions"] = np.stack([example["regions"] for example in examples])
         return part | {
             "image": np.stack([example["image"] for example in examples]),
             "token_ids": token_ids,
@@ -177,8 +192,9 @@ class TrainPipeline:
     `token_ids` int32 [b, L], `token_mask` bool [b, L], `group` int32 [b] (see `group_number`),
     `index` int64 [b] (the record used), `bad` int32 [b] (records just before it, wrapping around,
     that could not be used and were passed over); with `cfg.contrastive_text` other than `caption`
-    also `part_ids`, `part_mask` [b, L], the part of the caption. `batches` cuts L to one of
-    `cfg.text_buckets`.
+    also `part_ids`, `part_mask` [b, L], the part of the caption; with `region_patch` also `regions`
+    uint32 [b, patches], see `regions.region_map`, of the augmented picture. `batches` cuts L to one
+    of `cfg.text_buckets`.
 
     Every n consecutive rows of the global stream from a multiple of n on, n = len(source), come
     from every record once (a bad one is replaced by the next good one). A caption is drawn among
@@ -192,6 +208,7 @@ class TrainPipeline:
       seed: of order, captions and augmentation.
       host_index: which of the `host_count` equal parts of each batch to yield.
       gather: JSON value of this host -> those of all hosts, see `flip_jax.distributed.gather`.
+      region_patch: pixels of a patch; None = no region maps.
 
     Raises:
       ValueError: `batch_size` does not divide over the hosts or exceeds the number of records.
@@ -207,6 +224,7 @@ class TrainPipeline:
         host_index: int = 0,
         host_count: int = 1,
         gather: Gather = _alone,
+        region_patch: int | None = None,
     ):
         if cfg.batch_size % host_count:
             raise ValueError(
@@ -229,7 +247,7 @@ class TrainPipeline:
             .seed(seed)
             .shuffle()
             .repeat(None)
-            .random_map(_Load(source, cfg, image_size))
+            .random_map(_Load(source, cfg, image_size, region_patch))
             .batch(cfg.batch_size // host_count, batch_fn=_Collate(tokenizer))
         )[host_index::host_count]
 

@@ -174,13 +174,26 @@ def resize_image(image: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
 
 
-def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Mirrors uint8 [H, W, 3] left and right with probability 1/2; draws one number."""
-    return image if rng.random() >= 0.5 else cv2.flip(image, 1)
+def random_flip(
+    image: np.ndarray, rng: np.random.Generator, moves: list[np.ndarray] | None = None
+) -> np.ndarray:
+    """Mirrors uint8 [H, W, 3] left and right with probability 1/2; draws one number.
+
+    `moves`: see `rand_augment`.
+    """
+    if rng.random() >= 0.5:
+        return image
+    if moves is not None:
+        moves.append(np.array([[-1, 0, image.shape[1] - 1], [0, 1, 0]], np.float32))
+    return cv2.flip(image, 1)
 
 
 def rand_augment(
-    image: np.ndarray, rng: np.random.Generator, ops: int = 2, level: int = 5
+    image: np.ndarray,
+    rng: np.random.Generator,
+    ops: int = 2,
+    level: int = 5,
+    moves: list[np.ndarray] | None = None,
 ) -> np.ndarray:
     """The reference's RandomAugment: `ops` names with replacement, each applied with p = 1/2.
 
@@ -193,6 +206,7 @@ def rand_augment(
       rng: source of all randomness.
       ops: number of draws; 0 = off.
       level: 0 to 10.
+      moves: where pixels went, [2, 3] matrices, is added here, for `move_labels`.
 
     Returns:
       uint8 [H, W, 3].
@@ -210,11 +224,28 @@ def rand_augment(
         )
     for name in rng.integers(len(AUGMENT_OPS), size=ops):
         if rng.random() <= 0.5:
-            image = _augment(image, AUGMENT_OPS[name], level / AUGMENT_MAX_LEVEL, rng)
+            image = _augment(image, AUGMENT_OPS[name], level / AUGMENT_MAX_LEVEL, rng, moves)
     return image
 
 
-def _augment(image: np.ndarray, name: str, strength: float, rng: np.random.Generator) -> np.ndarray:
+def move_labels(labels: np.ndarray, moves: list[np.ndarray]) -> np.ndarray:
+    """Class numbers uint8 [H, W] where the pixels of their picture went; 0 comes in from outside.
+
+    Args:
+      moves: of `random_flip` and `rand_augment`, in order.
+    """
+    for matrix in moves:
+        labels = cv2.warpAffine(labels, matrix, labels.shape[::-1], flags=cv2.INTER_NEAREST)
+    return labels
+
+
+def _augment(
+    image: np.ndarray,
+    name: str,
+    strength: float,
+    rng: np.random.Generator,
+    moves: list[np.ndarray] | None,
+) -> np.ndarray:
     """Applies one named operation; `strength` is level / 10."""
     if name == "Identity":
         return image
@@ -239,6 +270,8 @@ def _augment(image: np.ndarray, name: str, strength: float, rng: np.random.Gener
             "TranslateY": ((1, 2), -offset),
         }[name]
         matrix[cell] = value
+    if moves is not None:
+        moves.append(matrix)
     return cv2.warpAffine(image, matrix, (width, height), borderValue=_FILL)
 
 

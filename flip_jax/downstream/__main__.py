@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
-from flip_jax import config
+from flip_jax.settings import set_fields
 
 EPILOG = """Fields are those of the task's `Settings`, for example
   attributes --epochs=20 --by=Male,Young
@@ -72,23 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", default="float32", help="float32 or bfloat16, of the encoder; float32")
     add("--threads", type=int, default=2, help="that decode pictures; 2")
     return parser
-
-
-def set_fields(settings: Any, arguments: list[str]) -> Any:
-    """`settings` with every `--field=value` or `--field value` set.
-
-    Raises:
-      ValueError: an unknown field, a value of the wrong type, or something else.
-    """
-    items = iter(arguments)
-    for item in items:
-        if not item.startswith("--"):
-            raise ValueError(f"unknown argument {item!r}; fields are set as --field=value")
-        path, equals, value = item[2:].partition("=")
-        if not equals and (value := next(items, None)) is None:
-            raise ValueError(f"{item}: needs a value")
-        settings = config.override(settings, path.replace("-", "_"), value, "settings")
-    return settings
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 from flip_jax.config import Config
 from flip_jax.losses.itc_sharded import sharded_itc_loss
 from flip_jax.losses.itm import itm_logits, itm_loss, sample_hard_negatives
-from flip_jax.losses.mim import hidden_patches, mim_loss, pixel_targets
+from flip_jax.losses.mim import mim_part
 from flip_jax.losses.sigmoid import sharded_sigmoid_loss
 from flip_jax.models import flip
-from flip_jax.models.vit import normalize_pixels
+from flip_jax.models.visual_tokenizer import VisualTokenizer
 from flip_jax.parts import in_parts
 
 Array = jax.Array
@@ -34,6 +34,8 @@ def flip_loss(
     graphdef: nnx.GraphDef,
     mesh: Mesh | None = None,
     negatives: Pair | None = None,
+    tokenizer: VisualTokenizer | None = None,
+    hard_share: Array | float = 0.0,
 ) -> tuple[Array, dict[str, Any]]:
     """Contrastive loss (ITC or sigmoid) + ITM + MIM.
 
@@ -42,12 +44,13 @@ def flip_loss(
       queue: before this batch is added. Like the twins it is empty with the sigmoid loss.
       batch: image uint8 [B, H, W, 3] (or float32, normalised), token_ids int32 [B, S],
         token_mask bool [B, S], group int32 [B]; part_ids, part_mask [B, S] if the contrastive loss
-        reads another text than ITM.
+        reads another text than ITM; regions, see `mim_part`.
       alpha: weight of the momentum targets.
       key: dropout, patch masking, negatives and hidden patches; None = deterministic, then
         `negatives` is needed and MIM is not possible.
       mesh: has the rows of the batch on all of its devices; None = one device.
       negatives: {"image", "text": int32 [B]} instead of drawn ones.
+      tokenizer, hard_share: of MIM, see `mim_part`.
 
     Returns:
       (loss, {"metrics": scalars; "twin_embeds": for the queue, empty with the sigmoid loss;
@@ -66,8 +69,9 @@ def flip_loss(
             image_tokens, image_embed = None, model.embed_image(image, keys[0])
         return image_tokens, {"image": image_embed, "text": model.embed_text(*texts, keys[1])}
 
+    twin = nnx.merge(graphdef, flip.with_twins(params, momentum)) if momentum else None
+
     def encode_twin(key, image, texts):
-        twin = nnx.merge(graphdef, params | momentum)
         # As in the reference the twins run in train mode: their text dropout is active.
         return {"image": twin.embed_image(image), "text": twin.embed_text(*texts, key)}
 
@@ -98,8 +102,11 @@ def flip_loss(
         aux["itm_logits"] = logits.swapaxes(0, 1).reshape(-1, 2)
     if weights.mim:
         # Not one more of the keys above, so that the others do not depend on MIM.
-        metrics["loss_mim"] = _mim(model, image, jax.random.fold_in(key, len(keys)), cfg)
-        losses["mim"] = weights.mim * metrics["loss_mim"]
+        mim_key = jax.random.fold_in(key, len(keys))
+        given = {"tokenizer": tokenizer, "hard_share": hard_share}
+        mim, values = mim_part(model, twin, batch, mim_key, cfg, **given)
+        metrics |= values
+        losses["mim"] = weights.mim * mim
 
     metrics["loss"] = sum(losses.values())
     return metrics["loss"], aux | {"metrics": metrics}
@@ -124,17 +131,3 @@ def _contrastive(
     return sharded_itc_loss(
         embeds, twin_embeds, queue, group, temperature, alpha, same_group, local, mesh
     )
-
-
-def _mim(model: flip.Flip, image: Array, key: Array, cfg: Config) -> Array:
-    """Guess hidden patches from the others, in a pass of its own."""
-    vision = cfg.model.vision
-    grid, count = vision.image_size // vision.patch_size, round(cfg.loss.mim_share * vision.patches)
-    hidden = hidden_patches(key, len(image), grid, count, cfg.loss.mim_masking)
-
-    def guess(_, image, hidden):
-        return model.predict_hidden(image, hidden)
-
-    predicted = in_parts(guess, cfg.optim.accum_steps)(None, image, hidden)
-    pixels = normalize_pixels(image) if image.dtype == jnp.uint8 else image
-    return mim_loss(predicted, pixel_targets(model.vit.patches(pixels), hidden))

@@ -13,13 +13,13 @@ from flax import nnx
 
 from flip_jax.config import ModelConfig
 from flip_jax.models.bert import Bert, ImageIndex
-from flip_jax.models.mim import MimDecoder
+from flip_jax.models.mim import TEACHER, MimDecoder
 from flip_jax.models.vit import VisionTransformer, normalize_pixels
 
 Array = jax.Array
 Params = dict  # nested dict[str, Array]
 
-# Parameters without a momentum twin.
+# Parameters without a momentum twin; of `mim` the twin may need a part, see `twin_params`.
 ONLINE_ONLY = ("itm_head", "temperature", "logit_bias", "mim")
 
 
@@ -62,7 +62,7 @@ class Flip(nnx.Module):
         if cfg.logit_bias is not None:
             self.logit_bias = nnx.Param(jnp.asarray(cfg.logit_bias, jnp.float32))
         if cfg.mim_depth:
-            self.mim = MimDecoder(cfg.vision, cfg.mim_depth, **options)
+            self.mim = MimDecoder(cfg, **options)
 
     def encode_image(self, image: Array, key: Array | None = None) -> tuple[Array, Array]:
         """Image tokens and embedding.
@@ -145,20 +145,28 @@ class Flip(nnx.Module):
         fused = self.bert(token_ids, token_mask, image_tokens, image_index, key, first_only=True)
         return fused[:, 0].astype(jnp.float32)
 
-    def predict_hidden(self, image: Array, hidden: Array) -> Array:
+    def predict_hidden(self, image: Array, hidden: Array) -> dict[str, Array]:
         """What a picture shows at its hidden patches.
 
         Args:
           image: uint8 [B, H, W, 3] (or float32, normalised); hidden: int32 [B, M], patches.
 
         Returns:
-          float32 [B, M, P*P*3], see `models.mim`.
+          see `MimDecoder.__call__`.
         """
         rows = jnp.arange(len(hidden))[:, None]
         patches = len(self.vit.position_embed[...]) - 1
         mask = jnp.zeros((len(hidden), patches), bool).at[rows, hidden].set(True)
-        tokens = self.vit.encode_hidden(_pixels(image), mask, self.mim.mask_token[...])
-        return self.mim(tokens, hidden)
+        return self.mim(self._encode_hidden(image, mask, self.mim.mask_token[...]), hidden)
+
+    def expected_losses(self, image: Array) -> Array:
+        """How hard each patch of a picture in full view would be to guess, float32 [B, N]."""
+        patches = len(self.vit.position_embed[...]) - 1
+        seen = jnp.zeros((len(image), patches), bool)
+        return self.mim.expected_losses(self._encode_hidden(image, seen, self.mim.mask_token[...]))
+
+    def _encode_hidden(self, image: Array, mask: Array, mask_token: Array) -> Array:
+        return self.vit.encode_hidden(_pixels(image), mask, mask_token)
 
 
 def build(cfg: ModelConfig) -> nnx.GraphDef:
@@ -172,8 +180,22 @@ def init_params(cfg: ModelConfig, temperature: float, key: Array) -> Params:
 
 
 def twin_params(params: Params) -> Params:
-    """The part of the parameters that has a momentum twin (both towers, both projections)."""
-    return {name: value for name, value in params.items() if name not in ONLINE_ONLY}
+    """The part of the parameters that has a momentum twin: both towers, both projections.
+
+    With `model.mim_loss_head` also what says which patches are hard.
+    """
+    twins = {name: value for name, value in params.items() if name not in ONLINE_ONLY}
+    if "loss_head" in params.get("mim", {}):
+        twins["mim"] = {name: params["mim"][name] for name in TEACHER}
+    return twins
+
+
+def with_twins(params: Params, twins: Params) -> Params:
+    """Parameters of a whole model, from the twins where they are."""
+    whole = params | twins
+    if "mim" in twins:
+        whole["mim"] = params["mim"] | twins["mim"]
+    return whole
 
 
 def update_twin(twin: Params, params: Params, momentum: float) -> Params:

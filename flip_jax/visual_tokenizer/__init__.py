@@ -1,0 +1,1 @@
+"""A visual tokenizer trained on any records, and the folder that holds one."""
