@@ -96,6 +96,7 @@ def test_twins_hold_what_the_teacher_needs_and_only_then():
     }
 
 
+@pytest.mark.slow
 def test_same_steps_on_a_mesh_and_in_parts(small):  # noqa: F811
     alone = run(1, 1, BOTH, tokenizer=small)
     assert {"loss_mim", "mim_accuracy", "loss_mim_rank"} <= set(alone[0][0])
@@ -103,6 +104,7 @@ def test_same_steps_on_a_mesh_and_in_parts(small):  # noqa: F811
     assert_same_steps(run(8, 2, parts, tokenizer=small), alone)
 
 
+@pytest.mark.slow
 def test_the_step_learns_resumes_and_takes_the_tokenizer_as_an_argument(small, tmp_path):  # noqa: F811
     mesh = partition.make_mesh(MeshConfig(), jax.devices()[:2])
     # Steps large enough to learn.
