@@ -15,8 +15,8 @@ ORDERS = ("cosine", "reranked")
 TASK_METRICS = {
     "probe AP": ("attributes", ("AP",)),
     "probe accuracy": ("attributes", ("accuracy",)),
-    "parsing F1": ("parsing", ("mean F1", "F1")),
-    "alignment NME": ("alignment", ("NME inter-ocular", "NME", "inter-ocular")),
+    "parsing F1": ("parsing", ("F1",)),
+    "alignment NME": ("alignment", ("NME ocular", "NME box")),
 }
 # Metric -> heading.
 COLUMNS = {

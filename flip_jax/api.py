@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from PIL import Image
@@ -17,7 +18,7 @@ from PIL import Image
 from flip_jax.config import Config
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.data.transforms import BadImage, decode_image, resize_image, rgb_array
-from flip_jax.models import flip
+from flip_jax.models import beam, flip
 from flip_jax.weights import EXPORT_FILES, Weights, read_tokenizer, read_weights
 
 # A path, a PIL image, the bytes of an image file, or uint8 [H, W, 3].
@@ -79,6 +80,7 @@ class FlipModel:
         self._batch_size = batch_size
         self._params = jax.device_put(weights.params)
         graphdef = flip.build(dataclasses.replace(weights.cfg.model, dtype=dtype, remat="none"))
+        self._graphdef = graphdef
 
         def jitted(method: Callable[..., Any]) -> Callable[..., Any]:
             return jax.jit(lambda params, *arrays: method(nnx.merge(graphdef, params), *arrays))
@@ -86,6 +88,7 @@ class FlipModel:
         self._image = jitted(flip.Flip.encode_image)
         self._text = jitted(flip.Flip.embed_text)
         self._match = jitted(flip.Flip.match)
+        self._captions = jax.jit(self._write, static_argnums=(2, 3, 4))
 
     def preprocess(self, pictures: Picture | Sequence[Picture]) -> np.ndarray:
         """Decodes, and squashes to a square of the model's image size.
@@ -154,6 +157,59 @@ class FlipModel:
             rows = token_ids, token_mask, images
         found = self._batched(lambda *arrays: jax.nn.softmax(logits(*arrays))[:, 1], *rows)
         return found if found is not None else np.zeros(0, np.float32)
+
+    def caption(
+        self,
+        pictures: Picture | Sequence[Picture],
+        *,
+        beams: int = 1,
+        max_length: int | None = None,
+        length_penalty: float = 0.0,
+    ) -> list[str]:
+        """A caption of each picture, word by word, as trained by `loss.weights.caption`.
+
+        Args:
+          pictures: as for `preprocess`.
+          beams: captions that are followed side by side; 1 takes the likeliest word each time.
+          max_length: tokens, first and last included; None = as long as in training.
+          length_penalty: 0 chooses the likeliest of the beams, which favours short ones; 1 the one
+            with the likeliest words on average.
+
+        Raises:
+          ValueError: a model that was not trained to write captions, or a number out of range.
+        """
+        places = self.cfg.model.text.max_length if max_length is None else max_length
+        most = self.cfg.model.text.positions
+        if not self.cfg.model.caption_head:
+            raise ValueError(
+                "this model cannot write captions: it was trained with loss.weights.caption=0; "
+                "see configs/captioner.py"
+            )
+        if beams < 1 or not 2 <= places <= most:
+            raise ValueError(
+                f"beams={beams} must be 1 or more, max_length={places} must be 2..{most}"
+            )
+
+        def write(image: np.ndarray) -> jax.Array:
+            return self._captions(self._params, image, places, beams, length_penalty)
+
+        ids = self._batched(write, self._images(pictures))
+        return [] if ids is None else [self.tokenizer.decode(row) for row in ids]
+
+    def _write(
+        self, params: flip.Params, image: jax.Array, places: int, beams: int, penalty: float
+    ) -> jax.Array:
+        """Token ids int32 [B, places] of captions of uint8 [B, S, S, 3]."""
+        words, model = self.tokenizer, nnx.merge(self._graphdef, params)
+        # What captions are not made of. An unknown word is none that could be read.
+        special = [words.pad_id, words.unk_id, words.cls_id, words.mask_id]
+        special += [words.dec_id, words.enc_id]
+        allowed = np.ones(words.vocab_size, bool)
+        allowed[special] = False
+        ids = {"sep_id": words.sep_id, "pad_id": words.pad_id}
+        options = {"places": places, "beams": beams, "length_penalty": penalty}
+        tokens = model.encode_image(image)[0]
+        return beam.write_captions(model, tokens, jnp.asarray(allowed), **ids, **options)[0]
 
     def _images(self, pictures: Picture | Sequence[Picture]) -> _Images:
         return _Images(pictures, self.cfg.model.vision.image_size)

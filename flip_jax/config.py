@@ -58,6 +58,11 @@ class TextConfig:
     init_std: float = 0.02
 
     @property
+    def dec_id(self) -> int:
+        """[DEC], the first token of a caption that is being written."""
+        return self.vocab_size - 2
+
+    @property
     def enc_id(self) -> int:
         """[ENC], the first token of an image-grounded text; the last entry of the vocabulary."""
         return self.vocab_size - 1
@@ -78,6 +83,8 @@ class ModelConfig:
     mim_vocab: int = 0
     # Whether it also predicts how well each patch will be guessed, for `loss.mim_masking=hard`.
     mim_loss_head: bool = False
+    # A head that tells the next word of a caption, see `LossWeights.caption`.
+    caption_head: bool = False
     # Compute type of matrix products; parameters, norms, softmax and losses stay float32.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     # What the backward pass recomputes: nothing, all but matrix products, or whole blocks.
@@ -93,6 +100,9 @@ class LossWeights:
     # Masked image modelling (FaRL, arXiv 2112.03109): a second pass of the image tower, of which
     # some patches are hidden, and `model.mim_depth` more blocks that tell what was there.
     mim: float = 0.0
+    # Writing the caption of a picture word by word (BLIP, arXiv 2201.12086): one more pass of the
+    # text tower, in which a word sees the picture and the words before it.
+    caption: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -130,6 +140,9 @@ class LossConfig:
     # guessed worst, more and more up to half, and others anywhere (`hard`; arXiv 2304.05919).
     mim_share: float = 0.4
     mim_masking: Literal["block", "random", "region", "hard"] = "block"
+    # Share of a word's target that goes to the whole vocabulary, as in BLIP: captions say the same
+    # in many ways, and no word should be certain.
+    caption_smoothing: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -345,6 +358,12 @@ def _validate_training(cfg: Config) -> None:
     if loss.contrastive == "itc":
         _validate_candidates(loss, batch)
     _at_least(cfg, 0, "loss.weights.itm", "loss.weights.mim", "model.mim_depth")
+    _at_least(cfg, 0, "loss.weights.caption")
+    head, needed = cfg.model.caption_head, loss.weights.caption > 0
+    allowed = f"must be {needed} with loss.weights.caption={loss.weights.caption}"
+    _require(head == needed, "model.caption_head", head, allowed)
+    smoothing = loss.caption_smoothing
+    _require(0 <= smoothing < 1, "loss.caption_smoothing", smoothing, "must be in [0, 1)")
     weight = loss.weights.contrastive
     _require(weight > 0, "loss.weights.contrastive", weight, "must be above 0")
     _validate_mim(cfg)

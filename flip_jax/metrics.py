@@ -49,6 +49,7 @@ LINE = (
     ("loss_mim", "mim {:.4f}"),
     ("mim_accuracy", "mim right {:.1%}"),
     ("loss_mim_rank", "mim rank {:.4f}"),
+    ("loss_caption", "caption {:.4f}"),
     ("learning_rate", "lr {:.2e}"),
     ("temperature", "temperature {:.4f}"),
     ("grad_norm", "grad norm {:.3f}"),
@@ -207,6 +208,7 @@ def model_flops_per_pair(
         text       L 4 S D^2  +  ((L - 1) S + 1) (4 D^2 + 4 S D + 4 D F)
         fusion     3 text  +  L 4 N D_v D  +  3 ((L - 1) S + 1) (4 D^2 + 4 N D)  +  3 * 4 D
         heads      2 D_v E + 2 D E
+        captions   text, all tokens  +  L (4 N D_v D + 4 S D^2 + 4 S N D)  +  S (2 D^2 + 2 D V)
 
     The three fused rows of a pair are its own, one with a negative image and one with a negative
     text; cross-attention keys and values, 4 N D_v D, are computed once per image. Where only the
@@ -240,7 +242,8 @@ def model_flops_per_pair(
         return tower.depth * keys_values + queries * query
 
     patch_embed = 2 * vision.patches * 3 * vision.patch_size**2 * vision.width
-    vit = work(vision, n, first_only=not cfg.loss.weights.itm)
+    weights = cfg.loss.weights
+    vit = work(vision, n, first_only=not (weights.itm or weights.caption))
     bert = work(text, part_tokens or s, first_only=True)
     crossing = (text.depth - 1) * s + 1
     cross = text.depth * 4 * n * vision.width * width
@@ -249,9 +252,9 @@ def model_flops_per_pair(
     heads = 2 * vision.width * embed + 2 * width * embed
 
     online = 2 * patch_embed + 3 * (vit + bert + heads)
-    if cfg.loss.weights.itm:
+    if weights.itm:
         online += 3 * fusion + 2 * 2 * batch * embed
-    if cfg.loss.weights.mim:
+    if weights.mim:
         blocks = work(replace(vision, depth=vision.depth + cfg.model.mim_depth), n_all, False)
         hidden = round(cfg.loss.mim_share * vision.patches)
         width_out = cfg.model.mim_vocab or 3 * vision.patch_size**2
@@ -259,6 +262,10 @@ def model_flops_per_pair(
         online += 2 * patch_embed + 3 * (blocks + out)
         if cfg.loss.mim_masking == "hard":  # the twin looks at all patches, forward only
             online += patch_embed + blocks
+    if weights.caption:
+        cross = 4 * n * vision.width * width + 4 * s * width**2 + 4 * s * n * width
+        told = work(text, s, False) + text.depth * cross
+        online += 3 * (told + 2 * s * width * (width + text.vocab_size))
     if cfg.loss.contrastive == "sigmoid":
         return float(online + 3 * 2 * batch * embed)
     local = cfg.loss.local_batch if cfg.loss.candidates == "local" else batch

@@ -59,7 +59,9 @@ def export_weights(kind: str, source: Path, out: Path, tokenizer: str | None = N
         else:
             write = _hugging_face if kind == "hf" else _safetensors
             lines = write(partial, weights, read_tokenizer(source, weights, tokenizer))
-        left_out = [name for name in ("logit_bias", "mim") if name in weights.params]
+        left_out = [
+            name for name in ("logit_bias", "mim", "caption_head") if name in weights.params
+        ]
         if kind != "safetensors" and left_out:
             lines.append(f"left out, as the layout has none: {', '.join(left_out)}")
     return "\n".join([*lines, f"written: {out}"])

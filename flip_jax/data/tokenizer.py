@@ -58,7 +58,7 @@ class Tokenizer:
         max_length: tokens of a row, [CLS] and [SEP] included.
         vocab_size: entries with [DEC] and [ENC].
         vocab_hash: sha256 over the entries in order, [DEC] and [ENC] included.
-        pad_id, cls_id, sep_id, mask_id, dec_id, enc_id: ids of the special tokens.
+        pad_id, unk_id, cls_id, sep_id, mask_id, dec_id, enc_id: ids of the special tokens.
     """
 
     def __init__(self, vocab: Sequence[str], max_length: int):
@@ -93,7 +93,8 @@ class Tokenizer:
         self.max_length = max_length
         self.vocab_size = len(self._vocab)
         self.vocab_hash = hashlib.sha256("\n".join(self._vocab).encode()).hexdigest()
-        self.pad_id, _, self.cls_id, self.sep_id, self.mask_id = (ids[t] for t in SPECIAL_TOKENS)
+        special = (ids[token] for token in SPECIAL_TOKENS)
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = special
         self.dec_id, self.enc_id = (ids[t] for t in ADDED_TOKENS)
         self._tokenizer = tokenizers.Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
         self._tokenizer.normalizer = NORMALIZER

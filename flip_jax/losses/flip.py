@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from flip_jax.config import Config
+from flip_jax.losses.caption import next_word_losses
 from flip_jax.losses.itc_sharded import sharded_itc_loss
 from flip_jax.losses.itm import itm_logits, itm_loss, sample_hard_negatives
 from flip_jax.losses.mim import mim_part
@@ -37,7 +38,7 @@ def flip_loss(
     tokenizer: VisualTokenizer | None = None,
     hard_share: Array | float = 0.0,
 ) -> tuple[Array, dict[str, Any]]:
-    """Contrastive loss (ITC or sigmoid) + ITM + MIM.
+    """Contrastive loss (ITC or sigmoid) + ITM + MIM + captions.
 
     Args:
       params, momentum: online parameters and twins, the twins already updated.
@@ -63,7 +64,7 @@ def flip_loss(
     model = nnx.merge(graphdef, params)
 
     def encode(keys, image, texts):
-        if weights.itm:
+        if weights.itm or weights.caption:
             image_tokens, image_embed = model.encode_image(image, keys[0])
         else:
             image_tokens, image_embed = None, model.embed_image(image, keys[0])
@@ -107,6 +108,10 @@ def flip_loss(
         mim, values = mim_part(model, twin, batch, mim_key, cfg, **given)
         metrics |= values
         losses["mim"] = weights.mim * mim
+    if weights.caption:
+        caption_key = None if key is None else jax.random.fold_in(key, len(keys) + 1)
+        metrics["loss_caption"] = _caption(model, texts, image_tokens, caption_key, cfg)
+        losses["caption"] = weights.caption * metrics["loss_caption"]
 
     metrics["loss"] = sum(losses.values())
     return metrics["loss"], aux | {"metrics": metrics}
@@ -131,3 +136,20 @@ def _contrastive(
     return sharded_itc_loss(
         embeds, twin_embeds, queue, group, temperature, alpha, same_group, local, mesh
     )
+
+
+def _caption(
+    model: flip.Flip,
+    texts: tuple[Array, Array],
+    image_tokens: Array,
+    key: Array | None,
+    cfg: Config,
+) -> Array:
+    """Mean over all words of the batch."""
+
+    def tell(key, token_ids, token_mask, image_tokens):
+        logits = model.caption_logits(token_ids, token_mask, image_tokens, key)
+        return next_word_losses(logits, token_ids, token_mask, cfg.loss.caption_smoothing)
+
+    losses, words = in_parts(tell, cfg.optim.accum_steps)(key, *texts, image_tokens)
+    return jnp.sum(losses) / jnp.sum(words)

@@ -1,8 +1,9 @@
 """The text tower: post-LN BERT whose every layer can also look at an image.
 
-Source: models/mm.py of the official FLIP; arXiv 1810.04805. No token-type embedding, no pooler;
-self-attention is bidirectional. The cross-attention block sits between self-attention and
-feed-forward and is skipped when no image is given (text mode).
+Source: models/mm.py of the official FLIP; arXiv 1810.04805. No token-type embedding, no pooler. The
+cross-attention block sits between self-attention and feed-forward and is skipped when no image is
+given (text mode). Self-attention is bidirectional; in causal mode, for captions, a token sees
+itself and those before it, with the same weights (BLIP, arXiv 2201.12086, has others for that).
 """
 
 from __future__ import annotations
@@ -78,15 +79,27 @@ class TextBlock(nnx.Module):
         first_only: bool = False,
     ) -> Array:
         """[N, S, D] -> [N, S, D], or of the first token alone, [N, 1, D], with `first_only`."""
-        keys = [None] * 5 if key is None else jax.random.split(key, 5)
         keys_values = self.attn.keys_values(x)
-        x = x[:, :1] if first_only else x
-        attended = self.attn(x, keys_values, mask, dropout_rate=self.dropout, dropout_key=keys[0])
-        x = self.ln_attn(x + dropout(attended, self.dropout, keys[1]))
+        image_kv = None
         if image_tokens is not None:
             # Keys and values once per image; the rows that look at it share them.
             image_kv = self.cross.keys_values(image_tokens)
             image_kv = jax.tree.map(lambda a: of_each_text(a, image_index), image_kv)
+        return self.forward(x[:, :1] if first_only else x, keys_values, mask, image_kv, key)
+
+    def forward(
+        self,
+        x: Array,
+        keys_values: tuple[Array, Array],
+        mask: Array,
+        image_kv: tuple[Array, Array] | None,
+        key: Array | None = None,
+    ) -> Array:
+        """x [N, Sq, D] -> [N, Sq, D]; it looks at keys and values [N, H, S, K]."""
+        keys = [None] * 5 if key is None else jax.random.split(key, 5)
+        attended = self.attn(x, keys_values, mask, dropout_rate=self.dropout, dropout_key=keys[0])
+        x = self.ln_attn(x + dropout(attended, self.dropout, keys[1]))
+        if image_kv is not None:
             crossed = self.cross(x, image_kv, dropout_rate=self.dropout, dropout_key=keys[2])
             x = self.ln_cross(x + dropout(crossed, self.dropout, keys[3]))
         return self.ln_mlp(x + dropout(self.mlp(x), self.dropout, keys[4]))
@@ -116,6 +129,7 @@ class Bert(nnx.Module):
         image_index: ImageIndex = None,
         key: Array | None = None,
         *,
+        causal: bool = False,
         first_only: bool = False,
         return_blocks: bool = False,
     ) -> Array | tuple[Array, Array]:
@@ -127,8 +141,9 @@ class Bert(nnx.Module):
           image_tokens: [M, Si, Dv]; None = text mode, cross-attention is skipped.
           image_index: the image that each text looks at, see `ImageIndex`.
           key: dropout; None = deterministic.
+          causal: a token sees itself and those before it only.
           first_only: compute the hidden state of the first token alone: the last block need not
-            look at the others again.
+            look at the others again. Not with `causal`.
           return_blocks: also return the output of every block; not with `first_only`.
 
         Returns:
@@ -136,11 +151,15 @@ class Bert(nnx.Module):
           [L, N, S, D].
         """
         embed_key, blocks_key = (None, None) if key is None else jax.random.split(key)
-        x = self.word_embed[...][token_ids] + self.position_embed[: token_ids.shape[1]]
+        tokens = token_ids.shape[1]
+        x = self.word_embed[...][token_ids] + self.position_embed[:tokens]
         x = dropout(self.ln_embed(x), self.dropout, embed_key)
+        mask = token_mask
+        if causal:
+            mask = token_mask[:, None] & jnp.tril(jnp.ones((tokens, tokens), bool))
 
         def apply(block: TextBlock, x: Array, key: Array | None, **options: bool) -> Array:
-            return block(x, token_mask, image_tokens, image_index, key, **options)
+            return block(x, mask, image_tokens, image_index, key, **options)
 
         x, blocks = scan_blocks(
             self.blocks,

@@ -13,6 +13,7 @@ from flax import nnx
 
 from flip_jax.config import ModelConfig
 from flip_jax.models.bert import Bert, ImageIndex
+from flip_jax.models.captioner import CaptionHead
 from flip_jax.models.mim import TEACHER, MimDecoder
 from flip_jax.models.vit import VisionTransformer, normalize_pixels
 
@@ -20,7 +21,7 @@ Array = jax.Array
 Params = dict  # nested dict[str, Array]
 
 # Parameters without a momentum twin; of `mim` the twin may need a part, see `twin_params`.
-ONLINE_ONLY = ("itm_head", "temperature", "logit_bias", "mim")
+ONLINE_ONLY = ("itm_head", "temperature", "logit_bias", "mim", "caption_head")
 
 
 def _linear(width: int, out: int, rngs: nnx.Rngs) -> nnx.Linear:
@@ -52,7 +53,7 @@ class Flip(nnx.Module):
     def __init__(self, cfg: ModelConfig, temperature: float, rngs: nnx.Rngs):
         dtype = jnp.dtype(cfg.dtype)
         options = {"dtype": dtype, "remat": cfg.remat, "rngs": rngs}
-        self.enc_id = cfg.text.enc_id
+        self.enc_id, self.dec_id = cfg.text.enc_id, cfg.text.dec_id
         self.vit = VisionTransformer(cfg.vision, **options)
         self.bert = Bert(cfg.text, cfg.vision.width, **options)
         self.image_proj = _linear(cfg.vision.width, cfg.embed_dim, rngs)
@@ -63,6 +64,8 @@ class Flip(nnx.Module):
             self.logit_bias = nnx.Param(jnp.asarray(cfg.logit_bias, jnp.float32))
         if cfg.mim_depth:
             self.mim = MimDecoder(cfg, **options)
+        if cfg.caption_head:
+            self.caption_head = CaptionHead(cfg.text, dtype=dtype, rngs=rngs)
 
     def encode_image(self, image: Array, key: Array | None = None) -> tuple[Array, Array]:
         """Image tokens and embedding.
@@ -144,6 +147,20 @@ class Flip(nnx.Module):
             token_ids = jnp.asarray(token_ids).at[:, 0].set(self.enc_id)
         fused = self.bert(token_ids, token_mask, image_tokens, image_index, key, first_only=True)
         return fused[:, 0].astype(jnp.float32)
+
+    def caption_logits(
+        self, token_ids: Array, token_mask: Array, image_tokens: Array, key: Array | None = None
+    ) -> Array:
+        """Logits float32 [N, S, V] of the word after each, given the image and the words up to it.
+
+        Args:
+          token_ids, token_mask: [N, S] as `encode_text` takes them; [DEC] takes the place of [CLS].
+          image_tokens: [N, Si, D] from `encode_image`.
+          key: dropout; None = deterministic.
+        """
+        token_ids = jnp.asarray(token_ids).at[:, 0].set(self.dec_id)
+        states = self.bert(token_ids, token_mask, image_tokens, key=key, causal=True)
+        return self.caption_head(states, self.bert.word_embed[...])
 
     def predict_hidden(self, image: Array, hidden: Array) -> dict[str, Array]:
         """What a picture shows at its hidden patches.

@@ -60,7 +60,8 @@ def attend(
 
     Args:
       query: [B, H, Sq, K]; key, value: [B, H, Sk, K], any float dtype.
-      mask: bool [B, Sk], True = may be attended to; None = all.
+      mask: bool [B, Sk], or [B, Sq, Sk] where it differs from query to query, True = may be
+        attended to; None = all.
       dropout_rate, dropout_key: dropout on the attention probabilities.
 
     Returns:
@@ -70,7 +71,8 @@ def attend(
     # Heads before tokens: on CPU these batched products are 2-3x faster than the bqhk form.
     logits = jnp.matmul(query * scale, key.swapaxes(-1, -2), preferred_element_type=jnp.float32)
     if mask is not None:
-        logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
+        mask = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
+        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1)
     weights = dropout(weights, dropout_rate, dropout_key).astype(value.dtype)
     return jnp.matmul(weights, value)

@@ -1,0 +1,78 @@
+"""Beam search for the likeliest caption of each picture; one beam is greedy.
+
+Dims: N pictures, b beams, T places, V words.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from flip_jax.models import captioner
+from flip_jax.models.flip import Flip
+
+Array = jax.Array
+
+
+def write_captions(
+    model: Flip,
+    image_tokens: Array,
+    allowed: Array,
+    *,
+    sep_id: int,
+    pad_id: int,
+    places: int,
+    beams: int = 1,
+    length_penalty: float = 0.0,
+) -> tuple[Array, Array]:
+    """The captions that beam search finds.
+
+    A beam that has written [SEP] keeps its score and its place among the others, so that nothing
+    that was found is forgotten; the search ends when all beams have, or no place is left.
+
+    Args:
+      image_tokens: [N, Si, D] from `encode_image`.
+      allowed: bool [V], the words that may be written; [SEP] must be one.
+      places: T, the longest caption with [DEC] and [SEP]; one that has not ended by then is cut.
+      beams: b.
+      length_penalty: a beam's log-probability is divided by its number of words to this power
+        before the best one is chosen; 0 = as it is, which favours short captions.
+
+    Returns:
+      (token_ids int32 [N, T], [DEC] first and [PAD] after [SEP]; log-probability float32 [N])
+    """
+    rows, words = len(image_tokens), len(allowed)
+    memory = captioner.begin(model.bert, jnp.repeat(image_tokens, beams, axis=0), places)
+    ids = jnp.full((rows, beams, places), pad_id, jnp.int32).at[:, :, 0].set(model.dec_id)
+    # One beam at first: equal ones would find the same.
+    scores = jnp.full((rows, beams), -jnp.inf).at[:, 0].set(0.0)
+    ended = jnp.zeros((rows, beams), bool)
+    only_pad = jnp.where(jnp.arange(words) == pad_id, 0.0, -jnp.inf)
+
+    def unfinished(state):
+        place, _, _, ended, _ = state
+        return (place < places - 1) & ~ended.all()
+
+    def write(state):
+        place, ids, scores, ended, memory = state
+        last = jax.lax.dynamic_index_in_dim(ids, place, axis=2, keepdims=False)
+        states, memory = captioner.step(model.bert, last.reshape(-1), place, memory)
+        logits = model.caption_head(states, model.bert.word_embed[...])
+        shares = jnp.where(allowed, jax.nn.log_softmax(logits), -jnp.inf)
+        shares = jnp.where(ended[..., None], only_pad, shares.reshape(rows, beams, words))
+        totals = (scores[..., None] + shares).reshape(rows, -1)
+        scores, best = jax.lax.top_k(totals, beams)
+        parent, word = best // words, (best % words).astype(jnp.int32)
+        ids = jnp.take_along_axis(ids, parent[..., None], axis=1)
+        ids = jax.lax.dynamic_update_index_in_dim(ids, word, place + 1, axis=2)
+        ended = jnp.take_along_axis(ended, parent, axis=1) | (word == sep_id)
+        row = (jnp.arange(rows)[:, None] * beams + parent).reshape(-1)
+        memory = memory._replace(words=jax.tree.map(lambda a: a[:, row], memory.words))
+        return place + 1, ids, scores, ended, memory
+
+    start = jnp.zeros((), jnp.int32), ids, scores, ended, memory
+    _, ids, scores, _, _ = jax.lax.while_loop(unfinished, write, start)
+    lengths = jnp.sum(ids[:, :, 1:] != pad_id, axis=-1).astype(jnp.float32)
+    chosen = jnp.argmax(scores / lengths**length_penalty, axis=1)
+    take = jnp.arange(rows), chosen
+    return ids[take], scores[take]
