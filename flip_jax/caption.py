@@ -73,7 +73,9 @@ def _run(args: argparse.Namespace) -> None:
         faces = FaceData(args.data, model.cfg.model.vision.image_size, limit=args.limit)
         faces = faces.split(args.split)
         names, pictures = faces.ids, faces.images
-    captions = model.caption(pictures, **options)
+    captions = []
+    for start in range(0, len(names), args.batch_size):
+        captions += model.caption(pictures[start : start + args.batch_size], **options)
     rows = zip(names, captions, strict=True)
     text = "".join(json.dumps({"picture": n, "caption": c}) + "\n" for n, c in rows)
     if args.out is None:
