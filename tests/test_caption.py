@@ -87,6 +87,7 @@ def test_a_word_sees_the_picture_and_the_words_before_it(params, tokens):
     assert (np.abs(other - after).max(-1) > 1e-3).all()
 
 
+@pytest.mark.slow
 def test_same_steps_on_a_mesh():
     meshed, alone = run(8, 2, CAPTION), run(1, 1, CAPTION)
     assert {"loss_itc", "loss_itm", "loss_caption"} < set(alone[0][0])
@@ -98,6 +99,7 @@ def whole():
     return loss_and_gradient(in_steps(CAPTION, 1), 0)
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_are_the_step_of_all(whole):
     parts = loss_and_gradient(in_steps(CAPTION, 4), 0)
     for name, value in whole[0].items():
@@ -194,6 +196,7 @@ def test_a_step_with_memory_is_the_tower(params, tokens):
         np.testing.assert_allclose(states, expected[:, place], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_learns_to_write_the_captions_of_a_fixed_set():
     cfg = replace(CAPTION, loss=replace(CAPTION.loss, caption_smoothing=0.0))
     tx = make_optimizer(replace(cfg.optim, weight_decay=0.0), lambda _: 3e-3)
