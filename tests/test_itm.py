@@ -272,7 +272,10 @@ def test_of_the_activations_only_the_fetched_tokens_travel():
     text = step.lower(params, *data).compile().as_text()
     shapes = {(), (2, 32)}  # scalars; the head's kernel may be summed transposed
     for leaf in jax.tree.leaves(params):
+        # Of stacked layers all, all but the last, which runs by itself, or one.
         shapes |= {leaf.shape, leaf.shape[1:]}
+        if leaf.ndim:
+            shapes.add((len(leaf) - 1, *leaf.shape[1:]))
     travelling = set()
     for line in text.splitlines():
         if found := re.search(

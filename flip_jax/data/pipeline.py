@@ -365,7 +365,7 @@ def _number(inspected: Sequence[Any]) -> int:
 
 def _complaint(source: RecordSource, number: int) -> str:
     try:
-        _read_shown(source, number, stage=1.0, side=16)
+        _read_shown(source, number, stage=1.0, side=16, regions=True)
     except BadRecord as error:
         return str(error)
     return f"{source.where(number)}: could not be read at first, now it can"

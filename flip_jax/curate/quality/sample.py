@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from flip_jax.curate.config import DedupeConfig
-from flip_jax.curate.dedupe import BANDS, near_pairs
+from flip_jax.curate.dedupe import BANDS, band_first, near_pairs
 from flip_jax.curate.pictures import perceptual_hash
 from flip_jax.curate.quality.brisque import brisque
 from flip_jax.curate.quality.clip_iqa import ClipIqa
 from flip_jax.curate.quality.survey import NAMED
+from flip_jax.curate.sorter import Sorter
 from flip_jax.data.records import RecordSource
 from flip_jax.data.transforms import BadImage, decode_image
 
@@ -104,9 +107,15 @@ def _near(pictures: list[_Picture]) -> tuple[int, int, int]:
     if not pictures:
         return 0, 0, 0
     hashes = np.frombuffer(b"".join(each.hash for each in pictures), "<u8").reshape(-1, 4)
-    distance = DedupeConfig().max_distance
-    pairs = np.concatenate([near_pairs(hashes, band, distance) for band in range(BANDS)])
-    pairs = np.unique(np.sort(pairs, axis=1), axis=0)
+    rows = np.column_stack([hashes, np.arange(len(hashes), dtype=np.uint64)])
+    found = [np.empty((0, 2), np.uint64)]
+    with tempfile.TemporaryDirectory() as name:
+        for band in range(BANDS):
+            by_band = Sorter(Path(name), rows.shape[1])
+            by_band.add(band_first(rows, band))
+            blocks, distance = by_band.sorted(), DedupeConfig().max_distance
+            found += near_pairs(blocks, distance, Path(name), equals=band == 0)
+    pairs = np.unique(np.sort(np.concatenate(found), axis=1), axis=0).astype(np.int64)
     groups = np.unique([each.group for each in pictures], return_inverse=True)[1]
     splits = np.unique([each.place[0] for each in pictures], return_inverse=True)[1]
     first, second = pairs.T
