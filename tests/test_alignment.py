@@ -25,6 +25,10 @@ from flip_jax.downstream.dense_augment import Augment
 from flip_jax.downstream.dense_pictures import read_picture
 from flip_jax.downstream.face_data import DataLacks, FaceData
 
+# Heads are trained here, which is mostly compiling.
+pytestmark = pytest.mark.slow
+
+
 PAGE = Path(__file__).parent.parent / "docs" / "alignment.md"
 # One batch size throughout, so that each function is compiled once.
 FAST = ["--epochs=2", "--channels=4", "--batch_size=8", "--resamples=20", "--fractions=50 100"]

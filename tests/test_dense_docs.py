@@ -13,6 +13,10 @@ from flip_jax.data.records import load_manifest
 from flip_jax.downstream.__main__ import main, set_fields
 from flip_jax.downstream.tasks import task_module
 
+# Heads are trained here, which is mostly compiling.
+pytestmark = pytest.mark.slow
+
+
 PAGE = Path(__file__).parent.parent / "docs" / "dense.md"
 FAST = {
     "parsing": [

@@ -29,6 +29,10 @@ from flip_jax.downstream.parsing_metrics import confusion, parsing_statistic, pi
 from flip_jax.downstream.parsing_scoring import Frame, cross_entropy
 from flip_jax.downstream.tasks import run_task
 
+# Heads are trained here, which is mostly compiling.
+pytestmark = pytest.mark.slow
+
+
 # 11 pictures are divided among no two devices: such a step compiles faster.
 SETTINGS = Settings(
     size=64, channels=4, epochs=2, batch_size=11, evaluate_every=1, resamples=50, by="Male"
