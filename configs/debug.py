@@ -16,9 +16,9 @@ from flip_jax.config import (
 
 
 def get_config() -> Config:
-    vision = VisionConfig(image_size=32, patch_size=16, width=32, depth=2, heads=2, mlp_width=64)
+    vision = VisionConfig(image_size=32, patch_size=16, width=32, depth=1, heads=2, mlp_width=64)
     text = TextConfig(
-        vocab_size=529, max_length=24, positions=32, width=32, depth=2, heads=2, mlp_width=64
+        vocab_size=529, max_length=24, positions=32, width=32, depth=1, heads=2, mlp_width=64
     )
     drawn = DrawnConfig(train_identities=24, test_identities=12, pictures=2, captions=2, size=64)
     return replace(

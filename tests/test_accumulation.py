@@ -69,6 +69,7 @@ def test_equals_one_large_batch(whole, parts, devices):
         np.testing.assert_allclose(ours, value, rtol=0, atol=3e-6 * scale, err_msg=name)
 
 
+@pytest.mark.slow
 def test_every_part_has_dropout_of_its_own(whole):
     """Equal rows in one batch come out differently, and so does the loss."""
     seen = in_parts(lambda key, x: x + jax.random.uniform(key, x.shape), 4)
@@ -96,5 +97,6 @@ def temporary_bytes(cfg: Config, rows: int) -> int:
     return jax.jit(step).lower(state, batch).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_part():
     assert temporary_bytes(in_steps(CFG, 8), 64) < 0.4 * temporary_bytes(in_steps(CFG, 1), 64)

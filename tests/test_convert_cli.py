@@ -85,6 +85,7 @@ def test_to_safetensors(official, tmp_path):
         assert plain[name].shape == value.shape, name
 
 
+@pytest.mark.slow
 def test_from_clip_at_another_image_size(tmp_path):
     tiny_weights.clip_model().save_pretrained(tmp_path / "clip")
     printed = convert(
@@ -98,6 +99,7 @@ def test_from_clip_at_another_image_size(tmp_path):
     assert "resized to 6 x 6, bicubic" in printed and "image_tokens" in printed
 
 
+@pytest.mark.slow
 def test_from_farl(tmp_path):
     clip = tiny_weights.clip_model()
     torch.save({"state_dict": tiny_weights.openai_state(clip)}, tmp_path / "farl.pth")

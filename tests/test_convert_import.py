@@ -190,6 +190,7 @@ def test_every_misfit_is_listed_and_can_be_allowed(tmp_path, capsys):
     assert np.abs(load_params(tmp_path / "ours")["itm_head"]["kernel"]).max() > 0
 
 
+@pytest.mark.slow
 def test_a_layer_of_fused_attention_may_start_afresh(clip, tmp_path):
     state = tiny_weights.openai_state(clip[0])
     del state["visual.transformer.resblocks.1.attn.in_proj_weight"]

@@ -252,18 +252,20 @@ def test_a_search_that_was_finished_is_not_done_again(tmp_path, monkeypatch):
     assert len(asked) == 3
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
     """Peak bytes held by each of the searches, the groups and the order, for N and for 3 N rows,
     many of them copies; numpy's arrays count."""
     monkeypatch.setattr(storage, "_ROWS_AT_A_TIME", 500)
     peaks = {}
-    for count in (4_000, 8_000, 24_000):  # the first one imports what is imported late
+    for count in (4_000, 16_000, 48_000):  # the first one imports what is imported late
         work = Work(str(tmp_path / str(count)))
         parts = random_parts(work, count)
         peaks[count] = dict(_peaks(work, parts))
-    growth = {name: peaks[24_000][name] - peaks[8_000][name] for name in peaks[8_000]}
-    # 8 bytes for each of the 16,000 rows more would be 128,000.
-    assert max(growth.values()) < 64_000, (peaks, growth)
+    growth = {name: peaks[48_000][name] - peaks[16_000][name] for name in peaks[16_000]}
+    # 8 bytes for each of the 32,000 rows more would be 256,000; blocks that are merged side by side
+    # come and go with the threads, 100,000 bytes more or less.
+    assert max(growth.values()) < 192_000, (peaks, growth)
 
 
 def _peaks(work: Work, parts: list[Part]) -> Iterator[tuple[str, int]]:

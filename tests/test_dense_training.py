@@ -25,6 +25,7 @@ from flip_jax.downstream.face_data import FaceData
 from flip_jax.models.heads import SegmentationHead
 from flip_jax.named_arrays import named_leaves
 
+pytestmark = pytest.mark.slow
 SIZE, CHANNELS, CLASSES = 64, 4, 19
 RECIPE = DenseRecipe(epochs=2, batch_size=8)
 
@@ -253,14 +254,14 @@ def test_a_saved_head_says_the_same(trained, backbone, faces, tmp_path):
     squares = Squares(faces.take(range(3)), squash)
     again = list(net_of(about, backbone, output).predict(read, squares))
     assert np.array_equal(again[0], next(net.predict(arrays, squares)))
-    with pytest.raises(ValueError, match="of task 'parsing'"):
+    with pytest.raises(ValueError, match="heads of 'parsing', not of 'alignment'"):
         read_dense(path, "alignment", backbone)
     with pytest.raises(ValueError, match="was trained on weights"):
         read_dense(path, "parsing", backbone.random_twin())
-    with pytest.raises(FileNotFoundError, match="train it again"):
+    with pytest.raises(FileNotFoundError, match="train them again"):
         read_dense(tmp_path / "none.npz", "parsing", backbone)
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(ValueError, match="holds no dense head"):
+    with pytest.raises(ValueError, match="holds no parsing heads"):
         read_dense(path, "parsing", backbone)
 
 

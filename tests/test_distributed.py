@@ -222,6 +222,7 @@ def test_an_unexpected_error_is_shown_where_it_is():
     assert "Traceback" not in first[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("wait", "who"), [("devices", 1), ("gather", 0)])
 def test_a_killed_process_ends_the_others(wait, who):
     fault = f"if me == {who}: os.kill(os.getpid(), signal.SIGKILL)"
@@ -248,6 +249,7 @@ def test_sigterm_still_ends_a_process():
     assert found[1][0] == -signal.SIGTERM and found[0][0] in (1, -signal.SIGABRT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "absent"), [(2, 0), (2, 1)])
 def test_who_does_not_come_is_told(count, absent):
     code = "import os, sys; from flip_jax import main\n" + (

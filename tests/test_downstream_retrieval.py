@@ -175,6 +175,7 @@ def test_kept_pairs_change_nothing(backbone, data, monkeypatch):
             np.testing.assert_array_equal(one.ranks["reranked"][direction], ranks)
 
 
+@pytest.mark.slow
 def test_a_step_is_that_of_training(backbone, data):
     """The heads' part of the train loss's gradient, through towers that run in full."""
     faces = data.split("train").take(np.arange(0, 48, 2))  # one picture of each person
@@ -359,6 +360,7 @@ def test_heads_that_cannot_be_used(done, backbone, tmp_path):
         load_heads(tmp_path / "part.npz", backbone)
 
 
+@pytest.mark.slow
 def test_training_learns(backbone, data):
     """Heads fit what they are trained on, as far as random towers tell the pictures apart."""
     faces, backbone = data.split("train").take(np.arange(0, 48, 2)), backbone.random_twin(3)

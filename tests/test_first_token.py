@@ -41,7 +41,9 @@ def outputs(model: flip.Flip, whole: bool):
     return {"image": image_embed, "text": text_embed, "fused": fused}
 
 
-@pytest.mark.parametrize("depth, remat", [(1, "dots"), (3, "none"), (3, "full")])
+@pytest.mark.parametrize(
+    "depth, remat", [pytest.param(1, "dots", marks=pytest.mark.slow), (3, "full")]
+)
 def test_value_and_gradient_are_those_of_the_whole(depth, remat):
     towers = (dataclasses.replace(t, depth=depth) for t in (CONFIG.vision, CONFIG.text))
     cfg = ModelConfig(*towers, CONFIG.embed_dim, dtype="float32", remat=remat)

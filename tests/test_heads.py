@@ -241,7 +241,7 @@ def test_features_are_block_outputs_at_their_place():
     vit.position_embed = nnx.Param(jnp.asarray(table))
     image = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
     found = heads.dense_features(vit, image, (1, 2, 4))
-    tokens, outputs = vit(heads.normalize_pixels(image), return_blocks=True)
+    tokens, outputs = vit(heads.pixels_of(image), return_blocks=True)
     assert [f.shape for f in found] == [(2, 4, 4, 8)] * 3
     for f, block in zip(found, (1, 2, 4), strict=True):
         for y, x in ((0, 0), (1, 3), (3, 2)):

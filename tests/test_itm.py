@@ -254,6 +254,7 @@ def test_parts_have_negatives_of_the_whole_batch(plain, devices, parts):
     check_equal(on_mesh(devices, 1, parts), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("devices", "fsdp"), [(8, 1), (8, 2), (8, 8)])
 def test_same_dropout_on_any_mesh(plain, one_device_with_dropout, devices, fsdp):
     (_, (_, logits)), _ = one_device_with_dropout

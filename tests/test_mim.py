@@ -76,6 +76,7 @@ def losses(weights, batch):
     return f(arguments)
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_weighted_sum_of_its_parts():
     (batch,) = batches(1)
     total, parts = losses(LossWeights(contrastive=0.5, itm=3.0, mim=2.0), batch)
@@ -87,6 +88,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts():
     assert "loss_itm" not in losses(LossWeights(itm=0.0), batch)[1]
 
 
+@pytest.mark.slow
 def test_same_steps_on_a_mesh():
     meshed, alone = run(8, 2, MIM), run(1, 1, MIM)
     assert {"loss_itc", "loss_mim"} < set(alone[0][0]) and "loss_itm" not in alone[0][0]

@@ -147,6 +147,7 @@ def test_the_step_learns_resumes_and_takes_the_tokenizer_as_an_argument(small, t
     assert float(metrics["loss_mim"]) > 2 * seen[-1]["loss_mim"]
 
 
+@pytest.mark.slow
 def test_regions_steer_the_step():
     """With one region that is all that is hidden, the loss is of its patches."""
     cfg = replace(MIM, loss=replace(MIM.loss, mim_masking="region", mim_share=0.25))
@@ -194,6 +195,7 @@ def test_another_tokenizer_is_another_run(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_run_from_data_to_another_tokenizer(folder, small, tmp_path, capsys, monkeypatch):  # noqa: F811
     """Codes and regions of drawn faces; the digest is in the checkpoint and guards it."""
     monkeypatch.chdir(Path(__file__).parent.parent)

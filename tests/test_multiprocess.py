@@ -82,6 +82,7 @@ def alone(run, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_two_processes_killed_end_as_one(run, alone, tmp_path):
     """SIGKILL to both some time after a checkpoint, then one process with as many devices."""
     with run(2, 1, tmp_path, variables={"PAUSE": "0.2"}) as processes:

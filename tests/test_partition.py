@@ -51,11 +51,20 @@ def one_device():
     return run(1, 1)
 
 
-@pytest.mark.parametrize(("devices", "fsdp"), [(2, 1), (8, 1), (8, 2), (8, 8)])
+MESHES = [
+    (2, 1),
+    (8, 2),
+    pytest.param(8, 1, marks=pytest.mark.slow),
+    pytest.param(8, 8, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("devices", "fsdp"), MESHES)
 def test_same_steps_on_any_mesh(one_device, devices, fsdp):
     assert_same_steps(run(devices, fsdp), one_device)
 
 
+@pytest.mark.slow
 def test_same_steps_of_the_sigmoid_loss():
     meshed, alone = run(8, 2, SIGMOID), run(1, 1, SIGMOID)
     assert "loss_sigmoid" in alone[0][0] and "loss_itc" not in alone[0][0]

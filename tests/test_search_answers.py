@@ -10,22 +10,11 @@ pytest.importorskip("faiss", reason="search needs the extra `search`")
 pytest.importorskip("aiohttp", reason="search needs the extra `search`")
 
 from conftest import ROOT
-from search_world import RERANK, TEXT, Served, cosines, encoded, make_world, photo
+from search_world import RERANK, TEXT, Served, cosines, encoded, photo
 
 from flip_jax.data.attributes import ATTRIBUTES
 from flip_jax.data.records import BadRecord
 from flip_jax.search.engine import Engine
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def served(world):
-    with Served(world.engine) as server:
-        yield server
 
 
 def test_text_finds_what_comparing_with_all_finds(served, world):

@@ -13,7 +13,7 @@ pytest.importorskip("faiss", reason="search needs the extra `search`")
 pytest.importorskip("aiohttp", reason="search needs the extra `search`")
 pytest.importorskip("selenium", reason="driving a browser needs the extra `dev`")
 
-from search_world import RERANK, TEXT, Served, make_world
+from search_world import RERANK, TEXT, Served
 from selenium import webdriver
 from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.chrome.service import Service
@@ -28,17 +28,6 @@ pytestmark = [
         reason="no Chromium here; on Debian: apt-get install chromium chromium-driver",
     ),
 ]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def served(world):
-    with Served(world.engine) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -12,20 +12,9 @@ import pytest
 pytest.importorskip("faiss", reason="search needs the extra `search`")
 pytest.importorskip("aiohttp", reason="search needs the extra `search`")
 
-from search_world import TEXT, Served, encoded, error, make_world
+from search_world import TEXT, Served, encoded, error
 
 from flip_jax.search.app import Limits
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def served(world):
-    with Served(world.engine) as server:
-        yield server
 
 
 def test_fifty_at_a_time(served, world):

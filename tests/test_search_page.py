@@ -12,23 +12,12 @@ from PIL import Image
 pytest.importorskip("faiss", reason="search needs the extra `search`")
 pytest.importorskip("aiohttp", reason="search needs the extra `search`")
 
-from search_world import Served, make_world, photo
+from search_world import photo
 
 from flip_jax.data.attributes import ATTRIBUTES
 from flip_jax.search import pictures
 
 PAGE = resources.files("flip_jax.search") / "page"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def served(world):
-    with Served(world.engine) as server:
-        yield server
 
 
 def test_the_page_and_its_files(served):

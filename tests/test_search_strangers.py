@@ -17,21 +17,10 @@ from PIL import Image
 pytest.importorskip("faiss", reason="search needs the extra `search`")
 pytest.importorskip("aiohttp", reason="search needs the extra `search`")
 
-from search_world import TEXT, Served, encoded, error, make_world, photo
+from search_world import TEXT, Served, encoded, error, photo
 
 from flip_jax.search import pictures
 from flip_jax.search.server import host_names
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def served(world):
-    with Served(world.engine) as server:
-        yield server
 
 
 def bomb(width: int, height: int) -> bytes:

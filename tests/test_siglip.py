@@ -25,6 +25,7 @@ def steps(compiled, mesh, state, some):
     return state
 
 
+@pytest.mark.slow
 def test_goes_on_with_the_same_bits(tmp_path):
     mesh = partition.make_mesh(MeshConfig(), jax.devices()[:2])
     compiled = Compiled(SIGMOID, mesh, steps_per_epoch=10, steps=10)
@@ -40,6 +41,7 @@ def test_goes_on_with_the_same_bits(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, resumed, unbroken)
 
 
+@pytest.mark.slow
 def test_a_run_from_data_to_export(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(Path(__file__).parent.parent)
     run = tmp_path / "run"

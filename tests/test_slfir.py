@@ -145,6 +145,7 @@ def test_the_report(out, report):
     assert picture.shape[0] > 900 and 20 < picture.std() < 120
 
 
+@pytest.mark.slow
 def test_again_from_cached_features(places, report, capsys):
     folder, shared = places
     before = {path: path.stat().st_mtime_ns for path in (folder / "features").iterdir()}

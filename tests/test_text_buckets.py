@@ -56,6 +56,7 @@ def test_hosts_agree_on_the_longest_of_all():
     assert cropped["token_ids"].shape == (2, 6) and cropped["part_ids"].shape == (2, 4)
 
 
+@pytest.mark.slow
 def test_embeddings_logits_and_gradients_are_those_of_the_padded_texts():
     params = flip.init_params(CFG.model, 0.07, jax.random.key(0))
     graphdef = flip.build(CFG.model)

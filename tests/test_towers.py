@@ -331,6 +331,7 @@ def test_embeddings_and_match_logits():
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("large")
 @pytest.mark.parametrize("size", ["base", "large at depth 2"])
 def test_published_sizes(size):
     cfg = dataclasses.replace(config.Config().model, dtype="float32")
@@ -412,6 +413,7 @@ def test_bfloat16_compute():
         close(jnp.linalg.norm(embed, axis=-1), np.ones(4), 1e-6)
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_memory_only():
     *_, params = reference(SMALL)
     inputs = images(SMALL, 64), *texts(SMALL, [9] * 64, 9)

@@ -95,7 +95,11 @@ def test_a_run_leaves_everything_it_promises(unbroken):
     assert step == 18
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+@pytest.mark.parametrize(
+    "how",
+    [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
+    ids=["SIGKILL", "SIGTERM"],
+)
 def test_a_broken_run_equals_an_unbroken_one(how, unbroken, data, tmp_path):
     """Signalled at a random step, resumed with other loader threads: the same bits."""
     # The early half, so that the run is still going when the signal comes.
@@ -137,6 +141,7 @@ def test_a_finished_run_trains_no_further(unbroken, data, tmp_path):
     assert curve(tmp_path / "copy") == curve(unbroken[0])
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_weights_of_another(unbroken, data, tmp_path):
     """`init.checkpoint`: its first evaluation is the other's last, its step and schedule fresh."""
     given = f"--config.init.checkpoint={unbroken[0]}"
@@ -170,6 +175,7 @@ def test_loss_falls_on_a_fixed_batch(cfg):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state["params"]))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_a_number_stops_the_run(data, tmp_path):
     cfg = config.load(DEBUG)
     for field, value in (

@@ -268,6 +268,7 @@ def test_dalle_encoder_of_transformers(tmp_path, capsys):
     assert "could run code" in capsys.readouterr().err and not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_the_page_runs(trained, tmp_path, monkeypatch):
     """Its training command on few pictures and steps, its run's fields, its Python."""
     data, _, _ = trained

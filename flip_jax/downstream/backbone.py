@@ -29,7 +29,7 @@ from flip_jax import partition
 from flip_jax.config import Config, MeshConfig
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.models import flip
-from flip_jax.models.vit import VisionTransformer, normalize_pixels
+from flip_jax.models.vit import VisionTransformer, pixels_of
 from flip_jax.weights import params_digest, read_tokenizer, read_weights
 
 Array = jax.Array
@@ -254,8 +254,7 @@ def block_states(
     vit: VisionTransformer, image: Array, blocks: tuple[int, ...], last_normed: bool = True
 ) -> list[Array]:
     """The states of `pool_states` before pooling, float32 [B, 1 + patches, D] each."""
-    pixels = normalize_pixels(image) if image.dtype == jnp.uint8 else image
-    tokens, outputs = vit(pixels, return_blocks=True)
+    tokens, outputs = vit(pixels_of(image), return_blocks=True)
     states = [outputs[block - 1] for block in blocks]
     states.append(tokens if last_normed else outputs[-1])
     return [state.astype(jnp.float32) for state in states]

@@ -1,25 +1,16 @@
-"""A trained dense head in a file, with its tower where that was fine-tuned.
-
-The file is an `npz` of the arrays by name and a JSON text `about`: task, version, sizes, backbone,
-and what the task wants to be known.
-"""
+"""A trained dense head in a file, with its tower where that was fine-tuned."""
 
 from __future__ import annotations
 
-import json
-import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from flip_jax.downstream.backbone import Backbone
 from flip_jax.downstream.dense_training import DenseArrays, DenseNet, Output
-from flip_jax.named_arrays import named_leaves, nested
+from flip_jax.downstream.saved_heads import read_heads, train_again, write_heads
+from flip_jax.named_arrays import nested
 
 VERSION = 1
-_ABOUT = "about"
 
 
 def save_dense(
@@ -34,20 +25,8 @@ def save_dense(
     Raises:
       OSError: the file cannot be written.
     """
-    described = about | {
-        "task": task,
-        "version": VERSION,
-        "size": net.size,
-        "channels": net.channels,
-        "finetune": net.finetune,
-        "backbone": net.backbone.origin,
-    }
-    named = {name: np.asarray(leaf) for name, leaf in named_leaves(arrays).items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        np.savez(file, **named, **{_ABOUT: np.array(json.dumps(described))})
-    os.replace(partial, path)
+    sizes = {"size": net.size, "channels": net.channels, "finetune": net.finetune}
+    write_heads(path, net.backbone, arrays, about | {"task": task, "version": VERSION} | sizes)
 
 
 def read_dense(
@@ -62,30 +41,14 @@ def read_dense(
       FileNotFoundError: no such file.
       ValueError: damaged, of another task or version, or trained on another backbone.
     """
-    path = Path(path)
-    again = f"train it again with `python -m flip_jax.downstream {task}`"
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}; {again}")
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-        about = json.loads(str(arrays.pop(_ABOUT)))
-        found = about["task"], about["version"]
-        digest, parts = about["backbone"]["digest"], nested(arrays)
-        arrays = DenseArrays(parts["params"], parts["stats"])
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} holds no dense head: {error}; {again}") from error
-    if found != (task, VERSION):
+    named, about = read_heads(Path(path), backbone, task, VERSION)
+    if about.get("task") != task:
         raise ValueError(
-            f"{path} is of task {found[0]!r} and version {found[1]!r}, wanted are {task!r} and "
-            f"{VERSION}; {again}"
+            f"{path} holds heads of {about.get('task', 'another task')!r}, not of {task!r}; "
+            f"{train_again(task)}"
         )
-    if digest != backbone.origin["digest"]:
-        raise ValueError(
-            f"{path} was trained on weights {digest[:16]} ({about['backbone']['checkpoint']}), "
-            f"these are {backbone.origin['digest'][:16]}; {again}"
-        )
-    return arrays, about
+    parts = nested(named)
+    return DenseArrays(parts["params"], parts["stats"]), about
 
 
 def net_of(about: dict[str, Any], backbone: Backbone, output: Output) -> DenseNet:

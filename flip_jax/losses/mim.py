@@ -12,7 +12,7 @@ from flip_jax.config import Config
 from flip_jax.losses.masking import hidden_patches
 from flip_jax.models.flip import Flip
 from flip_jax.models.visual_tokenizer import VisualTokenizer
-from flip_jax.models.vit import normalize_pixels
+from flip_jax.models.vit import pixels_of
 from flip_jax.parts import in_parts
 
 Array = jax.Array
@@ -66,8 +66,7 @@ def mim_part(
             codes = jnp.take_along_axis(tokenizer.codes(image, grid), hidden, axis=1)
             found = code_errors(guessed["patches"], codes)
         else:
-            pixels = normalize_pixels(image) if image.dtype == jnp.uint8 else image
-            targets = pixel_targets(model.vit.patches(pixels), hidden)
+            targets = pixel_targets(model.vit.patches(pixels_of(image)), hidden)
             found = {"errors": pixel_errors(guessed["patches"], targets)}
         return found | ({"losses": guessed["losses"]} if "losses" in guessed else {})
 

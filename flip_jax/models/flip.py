@@ -15,7 +15,7 @@ from flip_jax.config import ModelConfig
 from flip_jax.models.bert import Bert, ImageIndex
 from flip_jax.models.captioner import CaptionHead
 from flip_jax.models.mim import TEACHER, MimDecoder
-from flip_jax.models.vit import VisionTransformer, normalize_pixels
+from flip_jax.models.vit import VisionTransformer, pixels_of
 
 Array = jax.Array
 Params = dict  # nested dict[str, Array]
@@ -38,10 +38,6 @@ def unit_norm(x: Array) -> Array:
     x = x.astype(jnp.float32)
     # Under the root, so that the gradient at the zero vector is 0 and not NaN.
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
-
-
-def _pixels(image: Array) -> Array:
-    return normalize_pixels(image) if image.dtype == jnp.uint8 else image
 
 
 class Flip(nnx.Module):
@@ -77,12 +73,12 @@ class Flip(nnx.Module):
         Returns:
           image_tokens [B, Si, D] in the compute dtype; image_embed float32 [B, E], unit norm.
         """
-        tokens = self.vit(_pixels(image), key)
+        tokens = self.vit(pixels_of(image), key)
         return tokens, unit_norm(self.image_proj(tokens[:, 0].astype(jnp.float32)))
 
     def embed_image(self, image: Array, key: Array | None = None) -> Array:
         """The embedding of `encode_image` without the tokens, which costs less."""
-        tokens = self.vit(_pixels(image), key, first_only=True)
+        tokens = self.vit(pixels_of(image), key, first_only=True)
         return unit_norm(self.image_proj(tokens[:, 0].astype(jnp.float32)))
 
     def encode_text(
@@ -183,7 +179,7 @@ class Flip(nnx.Module):
         return self.mim.expected_losses(self._encode_hidden(image, seen, self.mim.mask_token[...]))
 
     def _encode_hidden(self, image: Array, mask: Array, mask_token: Array) -> Array:
-        return self.vit.encode_hidden(_pixels(image), mask, mask_token)
+        return self.vit.encode_hidden(pixels_of(image), mask, mask_token)
 
 
 def build(cfg: ModelConfig) -> nnx.GraphDef:

@@ -24,7 +24,7 @@ import numpy as np
 from flax import nnx
 
 from flip_jax.models.layers import normal
-from flip_jax.models.vit import VisionTransformer, normalize_pixels
+from flip_jax.models.vit import VisionTransformer, pixels_of
 
 Array = jax.Array
 
@@ -53,8 +53,7 @@ def dense_features(vit: VisionTransformer, image: Array, blocks: Sequence[int]) 
     Returns:
       float32 [B, G, G, D] each, without the class token.
     """
-    pixels = normalize_pixels(image) if image.dtype == jnp.uint8 else image
-    _, outputs = vit(pixels, return_blocks=True)
+    _, outputs = vit(pixels_of(image), return_blocks=True)
     side = image.shape[1] // vit.patch_size
     maps = outputs[:, :, 1:].reshape(*outputs.shape[:2], side, side, outputs.shape[-1])
     return [maps[block - 1].astype(jnp.float32) for block in blocks]

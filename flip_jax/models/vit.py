@@ -36,6 +36,11 @@ def normalize_pixels(image: Array) -> Array:
     return (image.astype(jnp.float32) / 255.0 - PIXEL_MEAN) / PIXEL_STD
 
 
+def pixels_of(image: Array) -> Array:
+    """Normalised pixels float32 of uint8 RGB [..., 3]; float32 are taken to be such already."""
+    return normalize_pixels(image) if image.dtype == jnp.uint8 else image
+
+
 class VisionBlock(nnx.Module):
     """x + attn(norm(x)), then x + mlp(norm(x))."""
 
