@@ -38,15 +38,6 @@ def pytest_unconfigure():
         shutil.rmtree(COMPILED, ignore_errors=True)
 
 
-@pytest.hookimpl(tryfirst=True)  # before the plugin reads the groups
-def pytest_collection_modifyitems(items):
-    """With `--dist loadgroup` a file runs in one process, as with `loadfile`, but for tests of
-    `xdist_group("large")`, which need so much memory that they run one after the other."""
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
-
-
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A collection of faces to search, made once for all tests of the search page."""

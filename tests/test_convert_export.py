@@ -143,7 +143,6 @@ def test_golden_case_end_to_end(golden, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("large")
 def test_base_size_round_trip_within_six_gigabytes(tmp_path):
     """A checkpoint with momentum and queue, in and out again, bit for bit."""
     model = Config().model

@@ -51,12 +51,7 @@ def one_device():
     return run(1, 1)
 
 
-MESHES = [
-    (2, 1),
-    (8, 2),
-    pytest.param(8, 1, marks=pytest.mark.slow),
-    pytest.param(8, 8, marks=pytest.mark.slow),
-]
+MESHES = [(2, 1), (8, 2), pytest.param(8, 8, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("devices", "fsdp"), MESHES)

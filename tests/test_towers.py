@@ -331,7 +331,6 @@ def test_embeddings_and_match_logits():
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("large")
 @pytest.mark.parametrize("size", ["base", "large at depth 2"])
 def test_published_sizes(size):
     cfg = dataclasses.replace(config.Config().model, dtype="float32")
