@@ -95,11 +95,7 @@ def test_a_run_leaves_everything_it_promises(unbroken):
     assert step == 18
 
 
-@pytest.mark.parametrize(
-    "how",
-    [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
-    ids=["SIGKILL", "SIGTERM"],
-)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
 def test_a_broken_run_equals_an_unbroken_one(how, unbroken, data, tmp_path):
     """Signalled at a random step, resumed with other loader threads: the same bits."""
     # The early half, so that the run is still going when the signal comes.
