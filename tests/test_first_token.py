@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from flip_jax.config import ModelConfig, TextConfig, VisionConfig
@@ -40,8 +41,12 @@ def outputs(model: flip.Flip, whole: bool):
     return {"image": image_embed, "text": text_embed, "fused": fused}
 
 
-def test_value_and_gradient_are_those_of_the_whole():
-    cfg = dataclasses.replace(CONFIG, remat="full")
+@pytest.mark.parametrize(
+    "depth, remat", [pytest.param(1, "dots", marks=pytest.mark.slow), (3, "full")]
+)
+def test_value_and_gradient_are_those_of_the_whole(depth, remat):
+    towers = (dataclasses.replace(t, depth=depth) for t in (CONFIG.vision, CONFIG.text))
+    cfg = ModelConfig(*towers, CONFIG.embed_dim, dtype="float32", remat=remat)
     params = flip.init_params(cfg, 0.07, jax.random.key(0))
     graphdef = flip.build(cfg)
 
@@ -58,7 +63,7 @@ def test_value_and_gradient_are_those_of_the_whole():
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6 * largest), short_grad, long_grad
     )
     moved = [np.abs(g).max() for g in jax.tree.leaves(long_grad["bert"])]
-    assert min(moved) > 0
+    assert min(moved) > 0 or depth == 1
 
 
 def test_the_last_block_computes_no_other_token():
