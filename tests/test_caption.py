@@ -89,7 +89,7 @@ def test_a_word_sees_the_picture_and_the_words_before_it(params, tokens):
     assert (np.abs(other - after).max(-1) > 1e-3).all()
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_same_steps_on_a_mesh():
     meshed, alone = run(8, 2, CAPTION), run(1, 1, CAPTION)
     assert {"loss_itc", "loss_itm", "loss_caption"} < set(alone[0][0])
@@ -240,7 +240,7 @@ def workdir(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_run_goes_on_to_the_same_bits(workdir, tmp_path):
     shutil.copytree(workdir, tmp_path / "parts")
     for name in ("whole", "parts"):
@@ -250,7 +250,7 @@ def test_a_run_goes_on_to_the_same_bits(workdir, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, whole, parts)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_captions_of_records_and_pictures(workdir, tmp_path, capsys):
     data, out = workdir / "data", tmp_path / "out" / "captions.jsonl"
     common = ["--checkpoint", str(workdir), "--max-length=9", "--beams=2"]

@@ -14,7 +14,7 @@ from flip_jax.downstream.__main__ import main, set_fields
 from flip_jax.downstream.tasks import task_module
 
 # Heads are trained here, which is mostly compiling.
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.release
 
 
 PAGE = Path(__file__).parent.parent / "docs" / "dense.md"

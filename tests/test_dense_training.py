@@ -25,7 +25,7 @@ from flip_jax.downstream.face_data import FaceData
 from flip_jax.models.heads import SegmentationHead
 from flip_jax.named_arrays import named_leaves
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.release
 SIZE, CHANNELS, CLASSES = 64, 4, 19
 RECIPE = DenseRecipe(epochs=2, batch_size=8)
 

@@ -42,7 +42,7 @@ def commands():
     return [shlex.split(line.removeprefix(start)) for line in lines]
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_page_runs(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     for arguments in commands():

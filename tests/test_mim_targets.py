@@ -97,7 +97,7 @@ def test_twins_hold_what_the_teacher_needs_and_only_then():
     }
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_same_steps_on_a_mesh_and_in_parts(small):  # noqa: F811
     alone = run(1, 1, BOTH, tokenizer=small)
     assert {"loss_mim", "mim_accuracy", "loss_mim_rank"} <= set(alone[0][0])
@@ -105,7 +105,7 @@ def test_same_steps_on_a_mesh_and_in_parts(small):  # noqa: F811
     assert_same_steps(run(8, 2, parts, tokenizer=small), alone)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_step_learns_resumes_and_takes_the_tokenizer_as_an_argument(small, tmp_path):  # noqa: F811
     mesh = partition.make_mesh(MeshConfig(), jax.devices()[:2])
     # Steps large enough to learn.
@@ -195,7 +195,7 @@ def test_another_tokenizer_is_another_run(tmp_path):
         )
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_run_from_data_to_another_tokenizer(folder, small, tmp_path, capsys, monkeypatch):  # noqa: F811
     """Codes and regions of drawn faces; the digest is in the checkpoint and guards it."""
     monkeypatch.chdir(Path(__file__).parent.parent)

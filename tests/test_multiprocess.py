@@ -111,7 +111,7 @@ def test_a_process_with_another_setting_is_named(run, tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_split_into_processes_changes_no_bit(run, alone, tmp_path):
     """Four devices, parameters cut over two of them, of one host or of two; given weights."""
     splits = {count: tmp_path / str(count) for count in (0, 1, 2, 4)}
@@ -125,7 +125,7 @@ def test_the_split_into_processes_changes_no_bit(run, alone, tmp_path):
     assert_near(splits[0], splits[1], 1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_any_number_of_processes_goes_on(run, tmp_path):
     """4 x 2 devices, 2 x 4, 1 x 8 and 1 x 1: every epoch has seen each record once."""
     notes, workdir, step = tmp_path / "notes", tmp_path / "run", 0
@@ -163,7 +163,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_of_one_ends_all(run, tmp_path, fault):
     with run(2, 1, tmp_path, variables={"FAULT": fault}) as processes:

@@ -71,7 +71,7 @@ def test_mean_deviation_and_interval():
     assert recipes_table.half_width([1.0]) is None
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_command(tmp_path):
     """Two recipes, one stopped and gone on with; the second call does nothing but the table."""
     fields = ["--attributes.epochs=1", "--attributes.rates=0.1", "--attributes.resamples=10"]

@@ -41,7 +41,7 @@ def test_goes_on_with_the_same_bits(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, resumed, unbroken)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_run_from_data_to_export(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(Path(__file__).parent.parent)
     run = tmp_path / "run"

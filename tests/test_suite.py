@@ -56,7 +56,7 @@ def done(place):
     return place / "out", json.loads((place / "out" / "comparison.json").read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_every_task_of_every_checkpoint(done):
     out, page = done
     assert list(page["results"]) == [*TASKS]
@@ -96,7 +96,7 @@ class _Page(html.parser.HTMLParser):
             self.cells.append(data.strip())
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_page(done):
     out, page = done
     text = (out / "comparison.html").read_text()
@@ -118,7 +118,7 @@ def test_the_page(done):
             assert (out / line.partition("](")[2].rstrip(")")).is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_what_is_done_is_not_done_again(place, done, capsys):
     out, before = done
     times = {path: path.stat().st_mtime_ns for path in out.glob("*/*/report.json")}

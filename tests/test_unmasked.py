@@ -15,7 +15,7 @@ VISION = replace(CFG.model.vision, keep_patches=2)
 MASKED = replace(CFG, model=replace(CFG.model, vision=VISION), epochs=4.0, unmasked_epochs=1.0)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_unmasked_step_is_that_of_a_run_without_masking():
     mesh = partition.make_mesh(MeshConfig(), jax.devices()[:1])
     masked, plain = (train.Compiled(cfg, mesh, 10, 40) for cfg in (MASKED, CFG))
@@ -29,7 +29,7 @@ def test_the_unmasked_step_is_that_of_a_run_without_masking():
     assert few[1]["loss_itc"] != expected[1]["loss_itc"]
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_run_goes_over_to_all_patches_and_stays_there(tmp_path, monkeypatch):
     monkeypatch.chdir(Path(__file__).parent.parent)
     calls = []
