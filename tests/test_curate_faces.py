@@ -15,7 +15,8 @@ from flip_jax.curate.detectors import Detector, Face
 from flip_jax.curate.faces import FaceStage
 from flip_jax.curate.stages import Sample, Tally
 from flip_jax.data.drawn_faces import draw_face
-from flip_jax.data.transforms import decode_image, encode_jpeg, jpeg_size
+from flip_jax.data.jpeg import jpeg_size
+from flip_jax.data.transforms import decode_image, encode_jpeg
 
 # Points of the 68 that stand for the five: means of the eyes, tip of the nose, mouth corners.
 FIVE = (range(36, 42), range(42, 48), (30,), (48,), (54,))

@@ -6,6 +6,7 @@ import io
 import json
 import struct
 import tarfile
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -220,6 +221,23 @@ def test_pictures_inside_a_table(read, tmp_path, nested):
     samples, tally, _ = read(paths=f"{tmp_path}/t.parquet", **fields)
     assert [sample.image for sample in samples] == [_png(1)]
     assert _problems(tally) == [("b", "no picture")]
+
+
+def test_memory_does_not_grow_with_the_row_groups(tmp_path):
+    """Row groups of pictures that have been read are let go, whatever their number."""
+    cfg = InputConfig(image_column="image", chunk_rows=50)
+    rng, peaks = np.random.default_rng(0), {}
+    for groups in (4, 8, 32):  # the first one imports what is imported late
+        table = tmp_path / f"{groups}.parquet"
+        images = [rng.bytes(2000) for _ in range(groups * 50)]
+        pq.write_table(pa.table({"image": images}), table, row_group_size=50)
+        tracemalloc.start()
+        chunks = split_input(Work(str(tmp_path / str(groups))), str(table), 0, cfg)
+        peaks[groups] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert sum(chunk.rows for chunk in chunks) == groups * 50
+    # Two row groups; the 24 more are 2.4 MB.
+    assert peaks[32] - peaks[8] < 200_000, peaks
 
 
 def _add(tar, name, data):

@@ -31,7 +31,7 @@ from flip_jax.data.records import (
     join_strokes,
 )
 from flip_jax.data.tokenizer import Tokenizer
-from flip_jax.data.transforms import decode_image, encode_jpeg, resize_image
+from flip_jax.data.transforms import decode_image, encode_jpeg, load_image, resize_image
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 16  # pixels, of the model
@@ -106,7 +106,7 @@ def test_batch_shapes_and_content(make, source, tokenizer):
     }
     for row, number in enumerate(batch["index"]):
         item = source[number]
-        expected = resize_image(decode_image(item.image), SIZE)
+        expected = load_image(item.image, SIZE)
         np.testing.assert_array_equal(batch["image"][row], expected)
         assert batch["group"][row] == group_number(item.group_id)
         ids, _ = tokenizer(item.captions)
@@ -165,7 +165,7 @@ def test_draws_differ_between_visits_and_hosts(source, make):
     assert texts.total() == 16 and len(texts) == 3
     assert len(images) >= 6
 
-    plain = [resize_image(decode_image(source[n].image), SIZE) for n in range(RECORDS)]
+    plain = [load_image(source[n].image, SIZE) for n in range(RECORDS)]
 
     def mirrored(host: int) -> np.ndarray:
         part = take(make(host_index=host, host_count=2, randaugment_ops=0), 20)
@@ -354,7 +354,7 @@ def test_a_share_of_the_pictures_is_shown_as_sketches(sketches, tokenizer):
     stages = []
     for number, image in (x for b in batches for x in zip(b["index"], b["image"], strict=True)):
         item = sketches[int(number)]
-        if np.array_equal(image, resize_image(decode_image(item.image), SIZE)):
+        if np.array_equal(image, load_image(item.image, SIZE)):
             continue
         shown[number % 3] += 1
         # Grey, and a part of the ink of the whole sketch.
@@ -381,7 +381,7 @@ def test_sketches_are_drawn_anew_at_each_visit_and_alike_on_all_hosts(sketches, 
 
 def test_without_a_share_pictures_are_shown(sketches, tokenizer):
     for batch in take(sketch_pipeline(sketches, tokenizer, 0.0), 4):
-        plain = [resize_image(decode_image(record(n).image), SIZE) for n in batch["index"]]
+        plain = [load_image(record(n).image, SIZE) for n in batch["index"]]
         np.testing.assert_array_equal(batch["image"], plain)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import subprocess
 import sys
 import zlib
@@ -13,7 +14,8 @@ import simplejpeg
 from PIL import Image, ImageEnhance, ImageOps
 
 from flip_jax.data import transforms
-from flip_jax.data.transforms import BadImage, decode_image, jpeg_size, resize_image
+from flip_jax.data.jpeg import BadImage, jpeg_size
+from flip_jax.data.transforms import decode_image, load_image, resize_image
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -27,6 +29,13 @@ def encode(image: Image.Image, file_format: str = "JPEG", **options) -> bytes:
     out = io.BytesIO()
     image.save(out, file_format, **options)
     return out.getvalue()
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x010F] = "a camera"  # an entry before the one that counts
+    exif[0x0112] = orientation
+    return exif
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -63,10 +72,7 @@ def test_grey_jpeg_has_three_equal_channels():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation):
-    exif = Image.Exif()
-    exif[0x010F] = "a camera"  # an entry before the one that counts
-    exif[0x0112] = orientation
-    data = encode(Image.fromarray(picture(30, 50)), quality=95, exif=exif)
+    data = encode(Image.fromarray(picture(30, 50)), quality=95, exif=turned(orientation))
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
     assert jpeg_size(data) == expected.shape[:2]
     assert np.abs(decode_image(data).astype(int) - expected).max() <= 2
@@ -184,6 +190,53 @@ def test_resize_to_the_same_size_changes_nothing():
     np.testing.assert_array_equal(resize_image(image, 64), image)
 
 
+@pytest.mark.parametrize(
+    ("height", "width"), [(218, 178), (239, 230), (256, 256), (300, 420), (512, 512), (1205, 930)]
+)
+def test_load_is_near_the_exact_resize(height, width):
+    """Growing, shrinking a little and much, and with what libjpeg leaves out at 1/2 and 1/4."""
+    data = encode(Image.fromarray(picture(height, width)), quality=90)
+    exact = np.asarray(Image.open(io.BytesIO(data)).resize((224, 224), Image.Resampling.BICUBIC))
+    out = load_image(data, 224)
+    assert out.shape == (224, 224, 3) and out.dtype == np.uint8 and out.flags.c_contiguous
+    assert psnr(out, exact) > 45
+
+
+def test_load_is_exact_where_one_side_shrinks_and_one_grows():
+    data = transforms.encode_jpeg(picture(300, 200))
+    np.testing.assert_array_equal(load_image(data, 224), resize_image(decode_image(data), 224))
+
+
+@pytest.mark.parametrize("side", [128, 512])
+def test_load_antialiases(side):
+    stripes = np.zeros((side, side, 3), np.uint8)
+    stripes[:, ::2] = 255
+    assert np.ptp(load_image(transforms.encode_jpeg(stripes), 56)[4:-4, 4:-4].astype(int)) <= 2
+
+
+@pytest.mark.parametrize(
+    ("least", "shape"),
+    [(None, (401, 300)), (151, (401, 300)), (150, (201, 150)), (75, (101, 75)), (1, (51, 38))],
+)
+def test_jpeg_decoded_at_a_part_of_its_size(least, shape):
+    """No side is shorter than asked for, and the picture is the same one, turned as it should."""
+    image = picture(401, 300)
+    data = encode(Image.fromarray(image), quality=95)
+    out = decode_image(data, least)
+    assert out.shape == (*shape, 3)
+    small = cv2.resize(image, shape[::-1], interpolation=cv2.INTER_AREA)
+    assert psnr(out, small + 1e-9) > 33  # at 1/8 the last blocks reach beyond the picture
+    data = encode(Image.fromarray(image), quality=95, exif=turned(6))
+    upright = cv2.rotate(out, cv2.ROTATE_90_CLOCKWISE)
+    np.testing.assert_array_equal(decode_image(data, least), upright)
+
+
+def test_damage_is_found_at_a_part_of_the_size():
+    data = encode(Image.fromarray(picture(401, 300)), quality=95)
+    with pytest.raises(BadImage, match="damaged JPEG"):
+        decode_image(data[: len(data) // 2], 40)
+
+
 def test_flip_mirrors_half_of_the_time():
     image, rng = picture(20, 31), np.random.default_rng(0)
     flips = 0
@@ -253,6 +306,15 @@ def test_translate_moves_5_px_and_fills_grey(sign, shift):
         else:
             np.testing.assert_array_equal(out[:-5], source[5:])
             assert (out[-5:] == 128).all()
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (7, 4)])
+def test_translate_is_what_opencv_makes_of_it(shape):
+    image = picture(*shape)
+    for right, down in itertools.product(range(-10, 11, 3), repeat=2):
+        matrix = np.array([[1, 0, right], [0, 1, down]], np.float32)
+        expected = cv2.warpAffine(image, matrix, shape[::-1], borderValue=(128, 128, 128))
+        np.testing.assert_array_equal(transforms._translate(image, right, down), expected)
 
 
 @pytest.mark.parametrize(("sign", "shear"), [(0.2, 0.15), (0.8, -0.15)])

@@ -12,7 +12,8 @@ from flip_jax.curate.align import Crop, crop_aligned, crop_box
 from flip_jax.curate.config import FacesConfig
 from flip_jax.curate.detectors import CascadeDetector, Detector, Face, OnnxDetector
 from flip_jax.curate.stages import Sample, Stage, Tally, fingerprint
-from flip_jax.data.transforms import BadImage, decode_image, encode_jpeg, jpeg_size, prepare_image
+from flip_jax.data.jpeg import BadImage, jpeg_size
+from flip_jax.data.transforms import decode_image, encode_jpeg, prepare_image
 
 
 class FaceStage(Stage):

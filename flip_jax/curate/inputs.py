@@ -22,7 +22,7 @@ from flip_jax.curate.fetch import Fetched
 from flip_jax.curate.rows import ROWS, Row, check_columns, table_rows
 from flip_jax.curate.sidecars import folder_rows, tar_rows
 from flip_jax.curate.stages import Place, Sample, Tally, batched, fingerprint
-from flip_jax.curate.storage import Work, expand, is_local, open_file
+from flip_jax.curate.storage import Work, expand, is_local, open_file, open_table
 
 INPUT = "input"
 
@@ -66,8 +66,8 @@ def input_files(cfg: InputConfig) -> list[str]:
             raise ValueError(f"config.input.images={cfg.images!r}: no such folder")
         for file in files:
             if file.endswith(".parquet"):
-                with open_file(file) as opened:
-                    check_columns(file, pq.ParquetFile(opened).schema_arrow.names, cfg)
+                with open_table(file) as table:
+                    check_columns(file, table.schema_arrow.names, cfg)
             elif not is_local(file):
                 raise ValueError(f"config.input.paths: {file}: not local, so it must be .parquet")
     return sorted(files)
@@ -113,10 +113,10 @@ def read_chunk(
 ) -> Iterator[list[Sample]]:
     """Yields the samples of a chunk in batches; rows that cannot be used go to the tally."""
     number = -1
-    with open_file(work.path(f"rows/{chunk.key}.parquet")) as file:
-        for table in pq.ParquetFile(file).iter_batches(batch_size=batch):
+    with open_table(work.path(f"rows/{chunk.key}.parquet")) as table:
+        for rows in table.iter_batches(batch_size=batch):
             samples = []
-            for row in table.to_pylist():
+            for row in rows.to_pylist():
                 number += 1
                 sample = _sample(row, chunk.container)
                 tally.count(INPUT, "rows")

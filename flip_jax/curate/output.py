@@ -23,7 +23,7 @@ from flip_jax.curate.groups import Groups
 from flip_jax.curate.order import OFFSET_AND_SIZE, SHARD_COLUMNS, order_name, part_key
 from flip_jax.curate.parts import Candidate
 from flip_jax.curate.stages import batched
-from flip_jax.curate.storage import Work, is_local, open_file
+from flip_jax.curate.storage import Work, is_local, open_file, open_table
 from flip_jax.data.record_writer import RecordWriter
 from flip_jax.data.records import (
     MANIFEST,
@@ -111,8 +111,8 @@ def write_shard(
 
 def _sources(work: Work, key: str, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
     """The source table of a finished shard, in pieces."""
-    with open_file(work.path(f"shards/{key}.sources")) as file:
-        yield from pq.ParquetFile(file).iter_batches(_SOURCES_AT_A_TIME, columns=columns)
+    with open_table(work.path(f"shards/{key}.sources")) as table:
+        yield from table.iter_batches(_SOURCES_AT_A_TIME, columns=columns)
 
 
 def _candidates(

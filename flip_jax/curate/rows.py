@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from flip_jax.curate.config import InputConfig
-from flip_jax.curate.storage import open_file
+from flip_jax.curate.storage import open_table
 from flip_jax.data.attributes import ATTRIBUTE_INDEX, ATTRIBUTES
 from flip_jax.data.sources import attribute_labels, read_table
 
@@ -53,8 +52,7 @@ def table_rows(file: str, cfg: InputConfig) -> Iterator[Row]:
       ValueError, OSError: it cannot be read or lacks a column.
     """
     if file.endswith(".parquet"):
-        with open_file(file) as opened:
-            parquet = pq.ParquetFile(opened)
+        with open_table(file) as parquet:
             names = parquet.schema_arrow.names
             read = partial(parquet.iter_batches, cfg.chunk_rows)
             yield from _rows(file, names, lambda columns: read(columns=columns), cfg)

@@ -41,6 +41,18 @@ def open_file(path: str) -> BinaryIO:
         raise OSError(f"cannot open {path}: {error}") from error
 
 
+@contextmanager
+def open_table(path: str) -> Iterator[pq.ParquetFile]:
+    """Opens a parquet file to read it in batches.
+
+    Raises:
+      OSError: it is not there or cannot be read.
+    """
+    # With `pre_buffer` all row groups that have been read would be held to the end.
+    with open_file(path) as file, pq.ParquetFile(file, pre_buffer=False) as table:
+        yield table
+
+
 def read_bytes(path: str) -> bytes:
     with open_file(path) as file:
         return file.read()

@@ -263,8 +263,7 @@ def _bench(args: argparse.Namespace) -> int:
     rng = np.random.default_rng(0)
     numbers = rng.integers(len(source), size=64).tolist()
     records = [source[number] for number in numbers]
-    images = [transforms.decode_image(record.image) for record in records]
-    small = [transforms.resize_image(image, args.image_size) for image in images]
+    small = [transforms.load_image(record.image, args.image_size) for record in records]
     texts = [record.captions[0] for record in records if record.captions]
 
     def augment() -> None:
@@ -274,8 +273,9 @@ def _bench(args: argparse.Namespace) -> int:
 
     stages = {
         "read": lambda: [source[number] for number in numbers],
-        "decode": lambda: [transforms.decode_image(record.image) for record in records],
-        "resize": lambda: [transforms.resize_image(image, args.image_size) for image in images],
+        "decode and resize": lambda: [
+            transforms.load_image(record.image, args.image_size) for record in records
+        ],
         "flip and augment": augment,
         "tokenize": lambda: tokenizer(texts),
     }

@@ -29,13 +29,13 @@ from absl import flags
 
 from flip_jax.config import DataConfig
 from flip_jax.data import transforms
+from flip_jax.data.jpeg import BadImage, jpeg_size
 from flip_jax.data.record_sketch import sketch_at, sketch_kind
 from flip_jax.data.records import BadRecord, Record, RecordSource, group_number
 from flip_jax.data.regions import label_map, region_map
 from flip_jax.data.sub_captions import draw_part
 from flip_jax.data.text_buckets import crop_texts
 from flip_jax.data.tokenizer import Tokenizer
-from flip_jax.data.transforms import BadImage
 
 Batch = dict[str, np.ndarray]
 Gather = Callable[[Any], list[Any]]
@@ -58,9 +58,12 @@ class BadData(ValueError):
 
 
 def read_record(
-    source: RecordSource, number: int, need_caption: bool = True
+    source: RecordSource, number: int, need_caption: bool = True, size: int | None = None
 ) -> tuple[Record, np.ndarray]:
     """Reads a record and decodes its picture.
+
+    Args:
+      size: to squash the picture to, see `transforms.load_image`; None = as it is.
 
     Returns:
       The record and its picture, uint8 [H, W, 3].
@@ -70,7 +73,10 @@ def read_record(
     """
     record = source[number]
     try:
-        image = transforms.decode_image(record.image)
+        if size is None:
+            image = transforms.decode_image(record.image)
+        else:
+            image = transforms.load_image(record.image, size)
     except BadImage as error:
         raise BadRecord(f"{source.where(number)} ({record.id}): {error}") from error
     if need_caption and not record.captions:
@@ -94,11 +100,11 @@ def _read_shown(
     Raises:
       BadRecord: see `read_record`, and a sketch that cannot be drawn or a mask that is none.
     """
-    record, image = read_record(source, number)
+    record, image = read_record(source, number, size=side)
     try:
-        labels = label_map(record, *image.shape[:2], side) if regions else None
+        labels = label_map(record, *jpeg_size(record.image), side) if regions else None
         if stage is None or sketch_kind(record) is None:
-            return record, transforms.resize_image(image, side), labels
+            return record, image, labels
         return record, sketch_at(record, [stage], side)[0], labels
     except ValueError as error:
         raise BadRecord(f"{source.where(number)}: {error}") from error

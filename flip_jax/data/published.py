@@ -12,13 +12,14 @@ import numpy as np
 from tqdm import tqdm
 
 from flip_jax.data.attributes import ATTRIBUTES, UNKNOWN
+from flip_jax.data.jpeg import BadImage, jpeg_size
 from flip_jax.data.readers import READERS
 from flip_jax.data.readers.reader import Reader, grammar_captions
 from flip_jax.data.readers.samples import LandmarkSample, ParsingSample, SketchPair
 from flip_jax.data.record_build import BuildReport, Finished, Rejected, write_records
 from flip_jax.data.record_writer import RecordWriter
 from flip_jax.data.records import Record, file_sha256
-from flip_jax.data.transforms import BadImage, decode_image, jpeg_size, prepare_image
+from flip_jax.data.transforms import decode_image, prepare_image
 
 _QUALITY = 95  # of pictures that are no baseline JPEG and are encoded again
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
+from flip_jax.data.jpeg import BadImage, jpeg_size
 from flip_jax.data.records import Record
 from flip_jax.data.sketch_strokes import raster_at, strokes_at
-from flip_jax.data.transforms import BadImage, decode_image, jpeg_size, resize_image
+from flip_jax.data.transforms import decode_image, resize_image
 
 
 def sketch_kind(record: Record) -> str | None:

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 from array_record.python import array_record_module
 
+from flip_jax.data.jpeg import BadImage, jpeg_size
 from flip_jax.data.records import (
     MANIFEST,
     Manifest,
@@ -24,7 +25,6 @@ from flip_jax.data.records import (
     encode_record,
     file_sha256,
 )
-from flip_jax.data.transforms import BadImage, jpeg_size
 
 # One record per chunk: a random read then decompresses nothing but its own record.
 _WRITER_OPTIONS = "group_size:1"

@@ -7,19 +7,16 @@ time and four times the bytes.
 from __future__ import annotations
 
 import io
-import struct
-from collections.abc import Iterator
 
 import cv2
 import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
+from flip_jax.data.jpeg import BadImage, check_pixels, decode_jpeg, is_jpeg, is_plain_jpeg
+
 # Loader threads supply the parallelism; OpenCV's own pool on top of them oversubscribes the cores.
 cv2.setNumThreads(0)
-
-# Refused from the header, before any pixel is decoded: a small file can claim 16k x 16k pixels.
-MAX_PIXELS = 100_000_000
 
 AUGMENT_OPS = (
     "Identity",
@@ -33,38 +30,14 @@ AUGMENT_OPS = (
     "Rotate",
 )
 AUGMENT_MAX_LEVEL = 10
-_FILL = (128, 128, 128)
+_FILL = 128  # of each channel
+# Up to here plain cubic sampling is nearer to antialiased bicubic than averages are: both 46 dB.
+_CUBIC_SHRINKS = 1.2
 # All that reach the decoders: some plugins of Pillow's run other programs (EPS: Ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-_JPEG_START = b"\xff\xd8\xff"
-
-# EXIF orientation -> the turn that makes the stored rows upright; 1 = none.
-_TURNS = {
-    2: lambda image: cv2.flip(image, 1),
-    3: lambda image: cv2.rotate(image, cv2.ROTATE_180),
-    4: lambda image: cv2.flip(image, 0),
-    5: cv2.transpose,
-    6: lambda image: cv2.rotate(image, cv2.ROTATE_90_CLOCKWISE),
-    7: lambda image: cv2.rotate(cv2.transpose(image), cv2.ROTATE_180),
-    8: lambda image: cv2.rotate(image, cv2.ROTATE_90_COUNTERCLOCKWISE),
-}
 
 
-class BadImage(ValueError):
-    """The bytes are not a picture that can be decoded whole."""
-
-
-def jpeg_size(data: bytes) -> tuple[int, int]:
-    """Reads (height, width) of a JPEG as it is shown, from the header alone.
-
-    Raises:
-      BadImage: no JPEG header, or more than `MAX_PIXELS` pixels.
-    """
-    height, width, _ = _jpeg_header(data)
-    return (width, height) if _jpeg_orientation(data) >= 5 else (height, width)
-
-
-def decode_image(data: bytes) -> np.ndarray:
+def decode_image(data: bytes, least: int | None = None) -> np.ndarray:
     """Decodes a picture as it is meant to be seen.
 
     Greyscale, palette and CMYK become RGB, the EXIF orientation is applied, transparency is
@@ -73,6 +46,7 @@ def decode_image(data: bytes) -> np.ndarray:
 
     Args:
       data: the whole file.
+      least: see `decode_jpeg`.
 
     Returns:
       uint8 [H, W, 3] RGB, C-contiguous.
@@ -81,15 +55,8 @@ def decode_image(data: bytes) -> np.ndarray:
       BadImage: empty, unknown format, truncated or corrupt data, more than 8 bits per channel
         where Pillow keeps them, or more than `MAX_PIXELS` pixels.
     """
-    if data[:3] == _JPEG_START:
-        _, _, colorspace = _jpeg_header(data)
-        if colorspace not in ("CMYK", "YCCK"):  # Pillow knows Adobe's inverted CMYK
-            try:
-                image = simplejpeg.decode_jpeg(data, colorspace="RGB")
-            except ValueError as error:
-                raise BadImage(f"damaged JPEG: {error}") from error
-            turn = _TURNS.get(_jpeg_orientation(data))
-            return image if turn is None else turn(image)
+    if is_jpeg(data) and (image := decode_jpeg(data, least)) is not None:
+        return image
     with _open(data) as image:
         try:
             return rgb_array(image)
@@ -144,7 +111,7 @@ def prepare_image(data: bytes, max_side: int | None, quality: int) -> tuple[byte
         height, width = (max(round(n * max_side / side), 1) for n in image.shape[:2])
         small = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS)
         return encode_jpeg(np.asarray(small), quality), True
-    if _is_plain_jpeg(data):
+    if is_plain_jpeg(data):
         return data, False
     return encode_jpeg(image, quality), True
 
@@ -172,6 +139,31 @@ def resize_image(image: np.ndarray, size: int) -> np.ndarray:
     if height <= size and width <= size:
         return cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def load_image(data: bytes, size: int) -> np.ndarray:
+    """Decodes a picture and squashes it to `size` x `size`, for training: no slower than need be.
+
+    Differs from `resize_image(decode_image(data), size)`, 45 to 49 dB on faces, where an axis
+    shrinks: libjpeg leaves out what would be thrown away (`decode_jpeg`), and OpenCV does the
+    rest, by cubic sampling where little is left to shrink and by averages of areas elsewhere.
+
+    Args:
+      data: the whole file.
+      size: pixels.
+
+    Returns:
+      uint8 [size, size, 3].
+
+    Raises:
+      BadImage: see `decode_image`.
+    """
+    image = decode_image(data, size)
+    shrinks = image.shape[0] / size, image.shape[1] / size
+    if min(shrinks) < 1 < max(shrinks):
+        return resize_image(image, size)
+    kind = cv2.INTER_CUBIC if max(shrinks) <= _CUBIC_SHRINKS else cv2.INTER_AREA
+    return cv2.resize(image, (size, size), interpolation=kind)
 
 
 def random_flip(
@@ -272,7 +264,19 @@ def _augment(
         matrix[cell] = value
     if moves is not None:
         moves.append(matrix)
-    return cv2.warpAffine(image, matrix, (width, height), borderValue=_FILL)
+    if name.startswith("Translate"):
+        return _translate(image, round(float(matrix[0, 2])), round(float(matrix[1, 2])))
+    return cv2.warpAffine(image, matrix, (width, height), borderValue=(_FILL,) * 3)
+
+
+def _translate(image: np.ndarray, right: int, down: int) -> np.ndarray:
+    """What `cv2.warpAffine` makes of whole pixels, in a tenth of the time."""
+    height, width = image.shape[:2]
+    top, left = max(down, 0), max(right, 0)
+    part = image[max(-down, 0) : max(height - top, 0), max(-right, 0) : max(width - left, 0)]
+    out = np.full_like(image, _FILL)
+    out[top : top + part.shape[0], left : left + part.shape[1]] = part
+    return out
 
 
 def equalize(image: np.ndarray) -> np.ndarray:
@@ -316,64 +320,6 @@ def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
     return out
 
 
-def _jpeg_header(data: bytes) -> tuple[int, int, str]:
-    """Returns stored height, width and colour space."""
-    try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError as error:
-        raise BadImage(f"not a readable JPEG header: {error}") from error
-    _check_pixels(height, width)
-    return height, width, colorspace
-
-
-def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yields marker and content of each header segment.
-
-    Pillow would parse all of them; this walk costs microseconds.
-    """
-    position = 2
-    while data[position : position + 1] == b"\xff" and position + 4 <= len(data):
-        marker, length = struct.unpack_from(">BH", data, position + 1)
-        if marker == 0xDA:  # start of scan: no header segment follows
-            return
-        yield marker, data[position + 4 : position + 2 + length]
-        position += 2 + length
-
-
-def _jpeg_orientation(data: bytes) -> int:
-    """Returns the EXIF orientation, 1 to 8; 1 where there is none or it cannot be read."""
-    for marker, content in _jpeg_segments(data):
-        if marker == 0xE1 and content.startswith(b"Exif\0\0"):
-            return _tiff_orientation(content[6:])
-    return 1
-
-
-def _tiff_orientation(tiff: bytes) -> int:
-    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
-    try:
-        if order is None:
-            return 1
-        (start,) = struct.unpack_from(order + "I", tiff, 4)
-        (entries,) = struct.unpack_from(order + "H", tiff, start)
-        for entry in range(entries):
-            tag, _, _, value = struct.unpack_from(order + "HHIH", tiff, start + 2 + 12 * entry)
-            if tag == 0x0112:
-                return value if 1 <= value <= 8 else 1
-    except struct.error:
-        pass
-    return 1
-
-
-def _is_plain_jpeg(data: bytes) -> bool:
-    """Whether it is a baseline (not progressive) colour JPEG that needs no turning."""
-    return (
-        data[:3] == _JPEG_START
-        and _jpeg_header(data)[2] in ("YCbCr", "RGB")
-        and any(marker == 0xC0 for marker, _ in _jpeg_segments(data))
-        and _jpeg_orientation(data) == 1
-    )
-
-
 def _open(data: bytes) -> Image.Image:
     if not data:
         raise BadImage("the picture has zero bytes")
@@ -381,12 +327,5 @@ def _open(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Exception as error:  # Pillow's plugins raise many types for damaged files.
         raise BadImage(f"not a picture of {', '.join(_FORMATS)}: {error}") from error
-    _check_pixels(image.height, image.width)
+    check_pixels(image.height, image.width)
     return image
-
-
-def _check_pixels(height: int, width: int) -> None:
-    if height * width > MAX_PIXELS:
-        raise BadImage(
-            f"{width} x {height} pixels; at most {MAX_PIXELS:,} are decoded (shrink the picture)"
-        )

@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 from aiohttp import web
 
-from flip_jax.data.transforms import jpeg_size
+from flip_jax.data.jpeg import jpeg_size
 from flip_jax.search import pictures
 from flip_jax.search.engine import MAX_COUNT, MAX_TEXT, Answer, BadQuery, Engine, Query
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from flip_jax.data.pipeline import read_record
 from flip_jax.data.records import BadRecord, RecordSource
-from flip_jax.data.transforms import resize_image
 
 
 def batches(
@@ -47,7 +46,7 @@ def pictures(
 
     def load(number: int) -> np.ndarray | None:
         try:
-            return resize_image(read_record(source, int(number), need_caption=False)[1], size)
+            return read_record(source, int(number), need_caption=False, size=size)[1]
         except BadRecord:
             return None
 

@@ -137,7 +137,8 @@ def read_sources(data: Path) -> Sources | None:
     full: set[str] = set()
     pixels, rows = Distinct(1), 0
     try:
-        parquet = pq.ParquetFile(file)
+        # With `pre_buffer` all row groups that have been read would be held to the end.
+        parquet = pq.ParquetFile(file, pre_buffer=False)
         wanted = ["url", "licence", "source", "pixel_sha256"]
         if lacking := sorted(set(wanted) - set(parquet.schema_arrow.names)):
             raise ValueError(f"no column {', '.join(lacking)}")

@@ -12,8 +12,8 @@ from flip_jax.curate.quality.balance import CROSSINGS
 from flip_jax.curate.quality.distinct import Distinct, Found, key_of
 from flip_jax.curate.quality.words import TENTHS, WordCounts
 from flip_jax.data.attributes import ATTRIBUTE_INDEX, ATTRIBUTES, UNKNOWN
+from flip_jax.data.jpeg import BadImage, jpeg_size
 from flip_jax.data.records import BadRecord, Record, RecordSource
-from flip_jax.data.transforms import BadImage, jpeg_size
 
 MAX_SIDE = 2**16  # a JPEG has fewer pixels on a side
 MAX_CAPTIONS = 256  # of a picture, in its histogram
