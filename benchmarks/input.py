@@ -2,8 +2,8 @@
 
     python benchmarks/input.py [--pictures 64] [--rounds 5]
 
-Both sides take the same JPEG files (quality 90, 4:2:0) of drawn faces, 178 x 218 px as in CelebA and
-512 x 512 px, one thread each, and are timed in turns.
+Both sides take the same JPEG files (quality 90, 4:2:0) of drawn faces, 178 x 218 px as in CelebA
+and 512 x 512 px, one thread each, and are timed in turns.
 
 reference: Pillow decodes, antialiased bicubic to 224 x 224, mirror, RandAugment(2, 5), float32,
     normalised, channels first, as `data/dataset.py` of the reference does. Its RandAugment is ours,
