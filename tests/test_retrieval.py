@@ -5,6 +5,7 @@ import json
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,7 +16,7 @@ from test_golden import case_config
 from flip_jax import partition
 from flip_jax.config import EvalConfig, MeshConfig
 from flip_jax.convert import torch_flip
-from flip_jax.downstream import retrieval
+from flip_jax.downstream import pair_visits, retrieval
 from flip_jax.downstream.retrieval import Retrieval, RetrievalEvaluator
 
 
@@ -162,7 +163,11 @@ def test_recorded_ranks(recorded, k, suffix):
         assert np.all(ranks[~inside] >= k) and 0 < np.mean(inside) < 1
 
 
-def test_recorded_scores(recorded):
+@pytest.mark.parametrize(("calls_per_length", "pairs_per_image"), [(64, 8), (10, 1)])
+def test_recorded_scores(recorded, monkeypatch, calls_per_length, pairs_per_image):
+    """Also with texts cut to several lengths, and with calls that look at few of the images."""
+    monkeypatch.setattr(pair_visits, "_CALLS_PER_LENGTH", calls_per_length)
+    monkeypatch.setattr(pair_visits, "_PAIRS_PER_IMAGE", pairs_per_image)
     cfg, params, gallery, io = recorded
     every_image = np.tile(np.arange(20), (24, 1))
     every_text = np.tile(np.arange(24), (20, 1))
@@ -175,6 +180,42 @@ def test_recorded_scores(recorded):
         expected = io[f"out/itm_logit1_all_pairs_{first}"]
         np.testing.assert_allclose(i2t, expected, rtol=0, atol=1e-5)
         np.testing.assert_array_equal(t2i.T, i2t)
+
+
+def test_pairs_are_cut_into_calls_that_hold_them(monkeypatch):
+    """Every pair once; each call has texts that fit and images within its window."""
+    monkeypatch.setattr(pair_visits, "_CALLS_PER_LENGTH", 15)
+    monkeypatch.setattr(pair_visits, "_PAIRS_PER_IMAGE", 1)
+    rng = np.random.default_rng(0)
+    size, texts = 8, 40
+    image, text = np.divmod(np.sort(rng.choice(20 * texts, 500, replace=False)), texts)
+    mask = np.arange(65) < np.append(rng.integers(3, 65, texts - 1), 65)[:, None]
+    seen = []
+    gallery = ArrayGallery(np.zeros((20, 2, 2, 3), np.uint8), mask[:0], mask[:0], np.arange(0))
+
+    def match(ids, mask_, tokens, index):
+        assert ids.shape == mask_.shape and len(ids) == size and index.max() < len(tokens)
+        seen.append((ids.shape[1], len(tokens)))
+        # Which text and image it was, and how much of the text was there.
+        return np.stack([ids[:, 0], tokens[index], mask_.sum(axis=1)], axis=1)
+
+    numbers = np.tile(np.arange(texts, dtype=np.int32)[:, None], 65)
+    blocks = iter(range(3))
+    found = np.full((500, 3), -1)
+    for rows, values in pair_visits.visit_pairs(
+        gallery,
+        (numbers, mask),
+        (image, text),
+        encode=lambda batch: jnp.arange(size) + size * next(blocks),
+        match=match,
+        size=size,
+        mesh=partition.make_mesh(MeshConfig(), jax.devices()[:2]),
+    ):
+        assert (found[rows] == -1).all()
+        found[rows] = values
+    np.testing.assert_array_equal(found, np.stack([text, image, mask.sum(axis=1)[text]], axis=1))
+    lengths, windows = (set(kind) for kind in zip(*seen, strict=True))
+    assert len(lengths) == 4 and max(lengths) == 65 and windows == {3}
 
 
 def test_k_larger_than_the_gallery(recorded):

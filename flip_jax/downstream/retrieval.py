@@ -8,7 +8,7 @@ reference leaves them to an unstable sort.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,13 +21,13 @@ from jax.sharding import PartitionSpec as P
 
 from flip_jax import distributed, partition
 from flip_jax.config import Config
+from flip_jax.downstream.pair_visits import visit_pairs
 from flip_jax.models import flip
 
 CUTOFFS = (1, 5, 10)
 DIRECTIONS = ("t2i", "i2t")  # text to image, image to text
 SHOWN = 5  # images kept per text for the picture
 _QUERY_BLOCK = 1024
-_PAIRS_PER_IMAGE = 8  # pairs in one call of the fused text tower, per image of the block
 
 # (image numbers [P], text numbers [P], both int64, by image and then text, no pair twice) -> ITM
 # logits of class 1, float32 [P].
@@ -324,57 +324,3 @@ class RetrievalEvaluator:
         for rows, values in visited:
             logits[rows] = values
         return logits
-
-
-def visit_pairs(
-    gallery: Any,
-    texts: tuple[np.ndarray, np.ndarray],
-    pairs: tuple[np.ndarray, np.ndarray],
-    *,
-    encode: Callable[[jax.Array], jax.Array],
-    match: Callable[..., jax.Array],
-    size: int,
-    mesh: Mesh,
-) -> Iterator[tuple[slice, np.ndarray]]:
-    """Looks at pairs image block by image block, so that the tokens of an image, and the
-    cross-attention keys and values made of them, serve all of its pairs.
-
-    Args:
-      gallery: `image_batches(size)` gives the images in order.
-      texts: token ids int32 [texts, S] and mask bool [texts, S].
-      pairs: image numbers [P], ascending, and text numbers [P].
-      encode: uint8 [size, S, S, 3] -> image tokens.
-      match: (token ids [R, S], mask [R, S], image tokens of the block, int32 [R] which of them) ->
-        [R, ...], one row of each text and its image, the same on all devices.
-      size: images of a block; a multiple of the devices.
-
-    Yields:
-      (rows of `pairs`, their values), until all rows were there.
-    """
-    token_ids, token_mask = texts
-    pair_image, pair_text = pairs
-    host, hosts = partition.host_slice(mesh)
-    for block, batch in enumerate(gallery.image_batches(size)):
-        first, last = np.searchsorted(pair_image, [block * size, (block + 1) * size])
-        if first == last:
-            continue
-        tokens = encode(partition.to_global({"image": batch["image"]}, mesh)["image"])
-        for rows, count in _padded_chunks(first, last, size * _PAIRS_PER_IMAGE):
-            own = np.split(rows, hosts)[host]
-            call = {
-                "token_ids": token_ids[pair_text[own]],
-                "token_mask": token_mask[pair_text[own]],
-                "image_index": (pair_image[own] - block * size).astype(np.int32),
-            }
-            call = partition.to_global(call, mesh)
-            values = match(call["token_ids"], call["token_mask"], tokens, call["image_index"])
-            yield slice(rows[0], rows[0] + count), np.asarray(values)[:count]
-
-
-def _padded_chunks(first: int, last: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Numbers first..last-1 in chunks of exactly `size`; the last one repeats `first`."""
-    for start in range(first, last, size):
-        count = min(size, last - start)
-        rows = np.full(size, first)
-        rows[:count] = np.arange(start, start + count)
-        yield rows, count

@@ -24,7 +24,8 @@ from flip_jax.downstream.backbone import Backbone
 from flip_jax.downstream.face_data import DataLacks
 from flip_jax.downstream.faces import Faces
 from flip_jax.downstream.features import FeatureCache
-from flip_jax.downstream.retrieval import Retrieval, rank_gallery, visit_pairs
+from flip_jax.downstream.pair_visits import visit_pairs
+from flip_jax.downstream.retrieval import Retrieval, rank_gallery
 from flip_jax.models.flip import Flip, unit_norm
 
 Array = jax.Array
@@ -82,7 +83,7 @@ class FusedTower:
         gallery: FrozenGallery,
         texts: tuple[np.ndarray, np.ndarray],
         pairs: tuple[np.ndarray, np.ndarray],
-    ) -> Iterator[tuple[slice, np.ndarray]]:
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields (rows, first token float32 [rows, Dt]) of `pairs`; see `visit_pairs`."""
         params = self.backbone.params
         yield from visit_pairs(

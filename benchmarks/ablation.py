@@ -1,0 +1,156 @@
+"""What each lever of the training step gives: the step without it, against the step with all.
+
+    python benchmarks/ablation.py [--batch 8] [--rounds 3] [--size half|base]
+
+The whole recipe in float32, captions of the lengths that the grammar writes, no dropout and given
+negatives, so that the losses of all variants can be compared before they are timed in turns.
+
+keys per text: cross-attention keys and values made anew for each of the three texts that look at an
+    image, as the reference does.
+all tokens: the last layer computes all tokens where only the first one is read.
+padded: captions of 65 columns, not of the first of `steps.BUCKETS` that holds the longest.
+dense ITC: all similarities of the batch to batch and queue at once, not in chunks.
+copied state: the step's old state is not given up for the new one.
+remat dots, remat full: the backward pass recomputes, which saves memory and not time.
+bfloat16: matrix products in bfloat16, for which this CPU needs support to gain. Its losses differ.
+
+`time` is the ratio to the step with all levers, `temp` the MiB that XLA plans for intermediate
+results. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import jax
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import steps
+from flip_jax.config import Config
+from flip_jax.losses import flip as flip_losses
+from flip_jax.losses.itc import grouped_itc_loss
+from flip_jax.models.bert import Bert, of_each_text
+from flip_jax.models.vit import VisionTransformer
+
+
+@contextmanager
+def keys_per_text() -> Iterator[None]:
+    plain = Bert.__call__
+
+    def call(self, token_ids, token_mask, image_tokens=None, image_index=None, *rest, **options):
+        if image_tokens is not None:
+            image_tokens, image_index = of_each_text(image_tokens, image_index), None
+        return plain(self, token_ids, token_mask, image_tokens, image_index, *rest, **options)
+
+    with patch.object(Bert, "__call__", call):
+        yield
+
+
+@contextmanager
+def all_tokens() -> Iterator[None]:
+    def without(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self, *arguments, first_only: bool = False, **options):
+            found = plain(self, *arguments, **options)
+            return found[:, :1] if first_only else found
+
+        return call
+
+    with (
+        patch.object(Bert, "__call__", without(Bert.__call__)),
+        patch.object(VisionTransformer, "__call__", without(VisionTransformer.__call__)),
+    ):
+        yield
+
+
+@contextmanager
+def dense_itc() -> Iterator[None]:
+    def loss(*arguments):
+        *arguments, _mesh = arguments
+        return grouped_itc_loss(*arguments)
+
+    with patch.object(flip_losses, "sharded_itc_loss", loss):
+        yield
+
+
+@contextmanager
+def copied_state() -> Iterator[None]:
+    jit = jax.jit
+    with patch.object(jax, "jit", lambda f, donate_argnums=(), **options: jit(f, **options)):
+        yield
+
+
+def with_model(cfg: Config, **fields: Any) -> Config:
+    return replace(cfg, model=replace(cfg.model, **fields))
+
+
+def variants(cfg: Config) -> dict[str, tuple[Config, Callable[[], Any], bool]]:
+    """Name -> config, what is changed while the step is traced, whether texts are padded."""
+    return {
+        "all levers": (cfg, nullcontext, False),
+        "keys per text": (cfg, keys_per_text, False),
+        "all tokens": (cfg, all_tokens, False),
+        "padded": (cfg, nullcontext, True),
+        "dense ITC": (cfg, dense_itc, False),
+        "copied state": (cfg, copied_state, False),
+        "remat dots": (with_model(cfg, remat="dots"), nullcontext, False),
+        "remat full": (with_model(cfg, remat="full"), nullcontext, False),
+        "bfloat16": (with_model(cfg, dtype="bfloat16"), nullcontext, False),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3, help="of each step, in turns")
+    parser.add_argument("--size", choices=steps.CONFIGS, default="half")
+    args = parser.parse_args()
+    cfg = steps.CONFIGS[args.size](args.batch, dropout=0.0)
+    padded = steps.make_batch(steps.grammar_lengths(args.batch))
+    drawn = (np.arange(args.batch) + 1) % args.batch
+    padded["negatives"] = {"image": drawn, "text": drawn}
+    cut = steps.cut(padded)
+
+    calls, memory, losses = {}, {}, {}
+    for name, (each, changed, whole) in variants(cfg).items():
+        batch = padded if whole else cut
+        with changed():
+            step = steps.Step(each)
+            memory[name] = step.memory(batch)["temp"]
+            losses[name] = step(batch)
+        calls[name] = lambda step=step, batch=batch: step(batch)
+        print(f"compiled: {name}, {losses[name]}", flush=True)
+        assert_same(name, losses[name], losses["all levers"], 0.05 if name == "bfloat16" else 1e-4)
+    seconds = steps.in_turns(calls, args.rounds)
+    median = steps.medians(seconds)
+    rows = []
+    for name in calls:
+        row = {"variant": name, "time": median[name] / median["all levers"]}
+        rows.append(row | {"seconds": seconds[name], "temp_mib": round(memory[name])})
+        print(
+            f"{name:14} {median[name]:6.2f} s, time {row['time']:.2f}, temp {memory[name]:6.0f} MiB"
+            f", spread {steps.spread(seconds[name])}"
+        )
+    result = {"benchmark": "ablation", "size": args.size, "batch": args.batch, "rows": rows}
+    result |= {"columns": cut["token_ids"].shape[1], "load": round(os.getloadavg()[0], 1)}
+    print(json.dumps(result))
+
+
+def assert_same(name: str, found: dict[str, float], wanted: dict[str, float], most: float) -> None:
+    for part, value in wanted.items():
+        if abs(found[part] - value) > most:
+            raise AssertionError(f"{name}: {part} is {found[part]}, with all levers {value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Time of the training step with masked patches against that on all patches, in one run.
+
+    python benchmarks/masking.py [--recipes flip] [--batch 8] [--rounds 3] [--size half|base]
+    python benchmarks/masking.py --recipes contrastive --batch 32
+
+Two recipes, float32, captions of the lengths that the grammar writes:
+
+flip: the whole recipe. Momentum twins see all patches, and ITM reads three texts of a pair, so that
+    masking touches a part of the work only.
+contrastive: the sigmoid loss alone, as in the papers on masking, whose work is the image tower. A
+    step is short, so that AdamW, which masking does not touch, is much of it in a small batch.
+
+Each with all 196 patches, half and a quarter of them. `half` has half the width in both towers and
+twelve layers: a quarter of the work, much the same shares. `work` is what
+`metrics.model_flops_per_pair` counts, the least that the time can come to. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import steps
+from flip_jax.config import Config, LossConfig, LossWeights
+from flip_jax.metrics import model_flops_per_pair
+
+PATCHES = (196, 98, 49)
+
+
+def contrastive(cfg: Config) -> Config:
+    loss = LossConfig(contrastive="sigmoid", temperature=0.1, weights=LossWeights(itm=0.0))
+    return replace(cfg, loss=loss, model=replace(cfg.model, logit_bias=-10.0))
+
+
+RECIPES = {"flip": lambda cfg: cfg, "contrastive": contrastive}
+
+
+def masked(cfg: Config, keep: int) -> Config:
+    vision = replace(cfg.model.vision, keep_patches=None if keep == PATCHES[0] else keep)
+    return replace(cfg, model=replace(cfg.model, vision=vision))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3, help="of each step, in turns")
+    parser.add_argument("--size", choices=steps.CONFIGS, default="half")
+    args = parser.parse_args()
+    batch = steps.cut(steps.make_batch(steps.grammar_lengths(args.batch)))
+    tokens = batch["token_ids"].shape[1]
+    rows = []
+    for recipe in args.recipes:
+        cfg = RECIPES[recipe](steps.CONFIGS[args.size](args.batch))
+        configs = {keep: masked(cfg, keep) for keep in PATCHES}
+        calls = {keep: steps.Step(each) for keep, each in configs.items()}
+        calls = {keep: lambda step=step: step(batch) for keep, step in calls.items()}
+        steps.in_turns(calls, 2)  # compiles
+        seconds = steps.in_turns(calls, args.rounds)
+        median = steps.medians(seconds)
+        work = {keep: model_flops_per_pair(each, tokens) for keep, each in configs.items()}
+        for keep in PATCHES:
+            row = {
+                "recipe": recipe,
+                "patches": keep,
+                "seconds": seconds[keep],
+                "time": median[keep] / median[PATCHES[0]],
+                "work": work[keep] / work[PATCHES[0]],
+            }
+            rows.append(row)
+            print(
+                f"{recipe:12} {keep:4} patches {median[keep]:6.2f} s, time {row['time']:.2f}, "
+                f"work {row['work']:.2f}, spread {steps.spread(seconds[keep])}",
+                flush=True,
+            )
+    result = {"benchmark": "masking", "size": args.size, "batch": args.batch, "rows": rows}
+    print(json.dumps(result | {"columns": tokens, "load": round(os.getloadavg()[0], 1)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""ITM re-ranking of a gallery: flip_jax against the loop of the reference, in one run.
+
+    python benchmarks/rerank.py [--gallery 1000] [--k 256] [--rounds 2]
+
+Images and captions are as many (--gallery); each image looks for the best k captions, each caption
+for the best k images. The model has the base size, random weights, the same on both sides, float32;
+the embeddings that choose the pairs are random, a caption's near its image's. Captions have the
+lengths of those that the grammar writes.
+
+pytorch: the loop of the reference (`torch_peer.itm_scores`): query by query, k pairs in a batch,
+    all captions padded to 65 tokens, keys and values of the image made for every pair, both
+    directions one after the other. One query is timed, an image that looks for captions; the other
+    direction is as much work.
+flip_jax: `visit_pairs`. It plans the whole gallery; of the calls that it makes, one of each length
+    of text is timed, and counts as often as there are such calls.
+
+The scores of the pairs of one image are compared first. `ratio` is that of the seconds for the
+gallery; a pair that both directions want is scored once here, which `per_pair` does not count.
+Image tokens are made beforehand on both sides. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import torch
+from flax import nnx
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import torch_peer
+from benchmarks.train_step import (
+    grammar_lengths,
+    make_batch,
+    make_texts,
+    our_config,
+    timed,
+    torch_texts,
+)
+from flip_jax import partition
+from flip_jax.config import MeshConfig
+from flip_jax.convert import torch_flip
+from flip_jax.downstream import pair_visits
+from flip_jax.downstream.retrieval import score_tops, search
+from flip_jax.models import flip
+
+BLOCK = 16  # images, eight times as many pairs in a call
+COSINE = 0.25  # of a caption and its image; others have 0 +- 1/16
+
+
+class Gallery:
+    """`image_batches` gives numbers in the place of pixels."""
+
+    def __init__(self, images: int):
+        self.images = images
+
+    def image_batches(self, size: int):
+        for start in range(0, self.images, size):
+            numbers = np.minimum(np.arange(start, start + size), self.images - 1)
+            yield {"image": numbers.astype(np.int32)}
+
+
+def wanted_pairs(gallery: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images and captions of all pairs that a re-ranking scores, ascending; captions of each image,
+    best first, [gallery, k]."""
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(gallery, 256)).astype(np.float32)
+    image /= np.linalg.norm(image, axis=1, keepdims=True)
+    noise = rng.normal(size=image.shape).astype(np.float32) / 16
+    text = COSINE * image + np.sqrt(1 - COSINE**2) * noise
+    text /= np.linalg.norm(text, axis=1, keepdims=True)
+    own = np.arange(gallery)
+    t2i = search(text, image, own, own, k)["top"]
+    i2t = search(image, text, own, own, k)["top"]
+    asked = []
+
+    def score(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
+        asked.append((images, texts))
+        return np.zeros(len(images), np.float32)
+
+    score_tops(score, t2i, i2t)
+    return *asked[0], i2t
+
+
+class Ours:
+    """`visit_pairs` for pairs of the image whose pixels are given, whatever their image number."""
+
+    def __init__(self, params: flip.Params, model, pixels: np.ndarray, batch: dict):
+        graphdef = flip.build(model)
+        self.mesh = partition.make_mesh(MeshConfig(), jax.devices()[:1])
+        encode = jax.jit(lambda image: nnx.merge(graphdef, params).encode_image(image)[0])
+        self.tokens = encode(pixels)
+        self.texts = batch["token_ids"], batch["token_mask"]
+
+        def match(ids, mask, tokens, index):
+            return nnx.merge(graphdef, params).match(ids, mask, tokens, index)[:, 1]
+
+        self.match = jax.jit(match)
+
+    def visit(self, pairs: tuple[np.ndarray, np.ndarray], match: Callable) -> np.ndarray:
+        logits = np.empty(len(pairs[0]), np.float32)
+        visits = pair_visits.visit_pairs(
+            Gallery(1 + pairs[0].max()),
+            self.texts,
+            pairs,
+            encode=lambda numbers: self.tokens[np.zeros(len(numbers), int)],
+            match=match,
+            size=BLOCK,
+            mesh=self.mesh,
+        )
+        for rows, values in visits:
+            logits[rows] = values
+        return logits
+
+    def calls(self, pairs: tuple[np.ndarray, np.ndarray]) -> dict[int, tuple[int, tuple]]:
+        """Length of text -> how many calls have it, and the arguments of the last one."""
+        found: dict[int, tuple[int, tuple]] = {}
+
+        def note(*call: jax.Array) -> np.ndarray:
+            length = call[0].shape[1]
+            found[length] = found.get(length, (0,))[0] + 1, call
+            return np.zeros(len(call[0]))
+
+        self.visit(pairs, note)
+        return found
+
+
+class Theirs:
+    def __init__(self, params: flip.Params, cfg, pixels: np.ndarray, batch: dict):
+        self.peer = torch_peer.TorchFlip(torch_peer.PeerConfig(queue_size=cfg.loss.queue_size))
+        official = torch_flip.params_to_official(params, cfg.model)
+        twins = flip.twin_params(params)
+        official |= torch_flip.params_to_official(twins, cfg.model, twin=True)
+        queue = flip.init_queue(cfg.loss.queue_size, cfg.model.embed_dim, jax.random.key(1))
+        official |= torch_flip.queue_to_official(queue)
+        self.peer.load_official({n: torch.from_numpy(np.array(v)) for n, v in official.items()})
+        self.peer.eval()
+        given = torch_texts(batch)
+        self.ids, self.mask = self.peer.with_enc(given["ids"]), given["mask"]
+        with torch.no_grad():
+            image = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+            self.tokens = self.peer.online.image_tokens(image)
+
+    @torch.no_grad()
+    def __call__(self, texts: np.ndarray) -> np.ndarray:
+        """One query, as `torch_peer.itm_scores` has it."""
+        rows = torch.from_numpy(texts)
+        tokens = self.tokens[torch.zeros(len(texts), dtype=torch.long)]
+        states = self.peer.online.text_states(self.ids[rows], self.mask[rows], tokens)
+        return self.peer.itm_head(states[:, 0])[:, 1].numpy()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gallery", type=int, default=1000)
+    parser.add_argument("--k", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=2, help="of each side, in turns")
+    args = parser.parse_args()
+    images, texts, i2t = wanted_pairs(args.gallery, args.k)
+    cfg = our_config(args.gallery, dropout=0.0)
+    lengths = grammar_lengths(args.gallery)
+    pixels, batch = make_batch(lengths[:1])["image"], make_texts(lengths)
+    params = jax.jit(lambda key: flip.init_params(cfg.model, 0.07, key))(jax.random.key(0))
+    ours, theirs = Ours(params, cfg.model, pixels, batch), Theirs(params, cfg, pixels, batch)
+    calls = ours.calls((images, texts))
+    print({length: f"{count} calls" for length, (count, _) in sorted(calls.items())})
+    assert_same_scores(ours, theirs, i2t[0])
+
+    seconds: dict[str, list[float]] = {"flip_jax": [], "pytorch": []}
+    for turn in range(args.rounds + 1):
+        mine = sum(
+            count * timed(lambda call=call: jax.block_until_ready(ours.match(*call)))
+            for count, call in calls.values()
+        )
+        peers = 2 * args.gallery * timed(lambda: theirs(i2t[0]))
+        if turn:  # the first one compiles
+            seconds["flip_jax"].append(mine)
+            seconds["pytorch"].append(peers)
+    pairs = {"flip_jax": len(images), "pytorch": 2 * args.gallery * args.k}
+    whole = {name: statistics.median(each) for name, each in seconds.items()}
+    per_pair = {name: whole[name] / pairs[name] for name in pairs}
+    for name, each in seconds.items():
+        print(
+            f"{name:9} {1e3 * per_pair[name]:6.1f} ms per pair, {pairs[name]:,} pairs, "
+            f"{whole[name] / 3600:5.2f} h for the gallery, spread {max(each) / min(each) - 1:.0%}"
+        )
+    result = {
+        "benchmark": "rerank",
+        "gallery": args.gallery,
+        "k": args.k,
+        "mean_tokens": float(lengths.mean()),
+        "pairs": pairs,
+        "ratio": whole["pytorch"] / whole["flip_jax"],
+        "per_pair": per_pair["pytorch"] / per_pair["flip_jax"],
+        "gallery_seconds": seconds,
+        "load": round(os.getloadavg()[0], 1),
+    }
+    print(json.dumps(result))
+
+
+def assert_same_scores(ours: Ours, theirs: Theirs, texts: np.ndarray) -> None:
+    """Of the pairs of one query."""
+    texts = np.sort(texts)
+    peers, mine = theirs(texts), ours.visit((0 * texts, texts), ours.match)
+    difference, spread = float(np.abs(peers - mine).max()), float(np.std(peers))
+    if difference > 1e-4 or spread < 100 * difference:
+        raise AssertionError(f"scores differ by {difference}, their spread is {spread}")
+    print(f"same scores of {len(texts)} pairs: largest difference {difference:.1e}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""What the benchmarks of the training step share: batches, compiled steps, timing in turns."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from flip_jax import partition
+from flip_jax.config import Config, MeshConfig
+from flip_jax.data.captions import captions
+from flip_jax.data.drawn_faces import draw_face
+from flip_jax.data.text_buckets import crop_texts
+from flip_jax.data.tokenizer import Tokenizer
+from flip_jax.train import Compiled
+
+ALPHA = 0.4
+BUCKETS = (32, 40, 48, 56)
+
+
+def our_config(batch: int, dropout: float = 0.1) -> Config:
+    """The reference recipe at base size in float32, all of the batch as local candidates."""
+    cfg = Config()
+    text = dataclasses.replace(cfg.model.text, dropout=dropout)
+    return dataclasses.replace(
+        cfg,
+        model=dataclasses.replace(cfg.model, text=text, dtype="float32"),
+        loss=dataclasses.replace(
+            cfg.loss, candidates="global", queue_size=61_440, alpha=ALPHA, alpha_ramp_epochs=0.0
+        ),
+        optim=dataclasses.replace(cfg.optim, schedule="constant", warmup_steps=0),
+        data=dataclasses.replace(cfg.data, batch_size=batch),
+    )
+
+
+def half_config(batch: int, dropout: float = 0.1) -> Config:
+    """As `our_config` with half the width in both towers, a quarter of the work; 224 px still."""
+    cfg = our_config(batch, dropout)
+    towers = {
+        name: dataclasses.replace(getattr(cfg.model, name), width=384, heads=6, mlp_width=1536)
+        for name in ("vision", "text")
+    }
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **towers))
+
+
+CONFIGS = {"half": half_config, "base": our_config}
+
+
+def make_batch(lengths: np.ndarray, seed: int = 0, side: int = 224) -> dict[str, np.ndarray]:
+    """Random pixels and ids; caption b has lengths[b] real tokens of 65."""
+    rng = np.random.default_rng(seed)
+    return make_texts(lengths, seed) | {
+        "image": rng.normal(size=(len(lengths), side, side, 3)).astype(np.float32),
+        "group": np.arange(len(lengths), dtype=np.int32),
+    }
+
+
+def make_texts(lengths: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random ids; caption b has lengths[b] real tokens of 65."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(1000, 30_000, (len(lengths), 65)).astype(np.int32)
+    ids[:, 0] = 101
+    mask = np.arange(65) < lengths[:, None]
+    return {"token_ids": np.where(mask, ids, 0), "token_mask": mask}
+
+
+def grammar_lengths(batch: int, seed: int = 0) -> np.ndarray:
+    """Tokens of captions that the grammar writes about drawn people, at most 65."""
+    tokenizer = Tokenizer.load("grammar", 65)
+    faces = (draw_face(seed, identity, picture=0, size=64) for identity in range(batch))
+    texts = [captions(face.attributes, seed, count=1)[0] for face in faces]
+    return tokenizer(texts)[1].sum(axis=1)
+
+
+def cut(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The texts cut to the first of `BUCKETS` that holds the longest."""
+    return crop_texts(batch, BUCKETS, lambda value: [value])
+
+
+class Step:
+    """A training step for batches of one shape, compiled for the first; it changes its state."""
+
+    def __init__(self, cfg: Config, devices: int = 1):
+        self.mesh = partition.make_mesh(MeshConfig(), jax.devices()[:devices])
+        compiled = Compiled(cfg, self.mesh, steps_per_epoch=1000, steps=1000)
+        self.state, self._step, self._program = compiled.init(), compiled.step, None
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, float]:
+        """Returns the parts of the loss."""
+        self.state, metrics = self._compiled(batch)(self.state, batch)
+        jax.block_until_ready(self.state)
+        return {name: float(metrics[name]) for name in metrics if name.startswith("loss_")}
+
+    def _compiled(self, batch: dict[str, Any]) -> Any:
+        if self._program is None:
+            self._program = self._step.lower(self.state, batch).compile()
+        return self._program
+
+    def memory(self, batch: dict[str, Any]) -> dict[str, float]:
+        """MiB on each device that XLA plans: of `state` and batch, and of `temp`orary results."""
+        found = self._compiled(batch).memory_analysis()
+        return {
+            "state": found.argument_size_in_bytes / 2**20,
+            "temp": found.temp_size_in_bytes / 2**20,
+        }
+
+
+def timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def in_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, one after the other and again, so that a busy machine slows all."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            seconds[name].append(timed(call))
+    return seconds
+
+
+def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(each) for name, each in seconds.items()}
+
+
+def spread(seconds: list[float]) -> str:
+    """How much longer the slowest took than the fastest."""
+    return f"{max(seconds) / min(seconds) - 1:.0%}"

@@ -1,0 +1,110 @@
+"""Looks at pairs of an image and a text with the fused tower, doing no work twice.
+
+The fused tower is the cost of re-ranking. Three things keep it low: the keys and values that
+cross-attention makes of an image serve all its pairs in a call; texts are cut to a few lengths, so
+that little of a call is padding; calls have one shape per length, so that few are compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flip_jax import partition
+
+_PAIRS_PER_IMAGE = 8  # pairs in one call of the fused text tower, per image of the block
+_MULTIPLE = 4  # of tokens that texts are cut to
+_MOST_LENGTHS = 16
+_CALLS_PER_LENGTH = 64  # for fewer it does not pay to compile the tower once more
+
+
+def visit_pairs(
+    gallery: Any,
+    texts: tuple[np.ndarray, np.ndarray],
+    pairs: tuple[np.ndarray, np.ndarray],
+    *,
+    encode: Callable[[jax.Array], jax.Array],
+    match: Callable[..., jax.Array],
+    size: int,
+    mesh: Mesh,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Looks at pairs, one block of images after the other.
+
+    Args:
+      gallery: `image_batches(size)` gives the images in order.
+      texts: token ids int32 [texts, S] and mask bool [texts, S], True first in every row.
+      pairs: image numbers [P], ascending, and text numbers [P].
+      encode: uint8 [size, S, S, 3] -> image tokens.
+      match: (token ids [R, s], mask [R, s], tokens of some images, int32 [R] which of them) ->
+        [R, ...], one row of each text and its image, the same on all devices.
+      size: images of a block; a multiple of the devices.
+
+    Yields:
+      (rows of `pairs`, their values), until all rows were there.
+    """
+    token_ids, token_mask = texts
+    pair_image, pair_text = pairs
+    if not len(pair_image):
+        return
+    rows_per_call = size * _PAIRS_PER_IMAGE
+    length = _cut_lengths(token_mask, pair_text, rows_per_call)
+    lengths = np.unique(length)
+    window = _window(pair_image, rows_per_call, len(lengths), size)
+    host, hosts = partition.host_slice(mesh)
+    slice_tokens = jax.jit(
+        partial(jax.lax.dynamic_slice_in_dim, slice_size=window),
+        out_shardings=NamedSharding(mesh, P()),
+    )
+    for block, batch in enumerate(gallery.image_batches(size)):
+        first, last = np.searchsorted(pair_image, [block * size, (block + 1) * size])
+        if first == last:
+            continue
+        tokens = encode(partition.to_global({"image": batch["image"]}, mesh)["image"])
+        for cut in lengths:
+            rows = first + np.flatnonzero(length[first:last] == cut)
+            for chunk in _chunks(rows, pair_image, rows_per_call, window):
+                start = min(int(pair_image[chunk[0]]) - block * size, size - window)
+                padded = np.pad(chunk, (0, rows_per_call - len(chunk)), mode="edge")
+                own = np.split(padded, hosts)[host]
+                call = {
+                    "token_ids": token_ids[pair_text[own], :cut],
+                    "token_mask": token_mask[pair_text[own], :cut],
+                    "image_index": (pair_image[own] - block * size - start).astype(np.int32),
+                }
+                call = partition.to_global(call, mesh)
+                seen = tokens if window == size else slice_tokens(tokens, start)
+                values = match(call["token_ids"], call["token_mask"], seen, call["image_index"])
+                yield chunk, np.asarray(values)[: len(chunk)]
+
+
+def _cut_lengths(token_mask: np.ndarray, pair_text: np.ndarray, rows_per_call: int) -> np.ndarray:
+    """To how many tokens the text of each pair is cut, int64 [P]: all of its own and few more."""
+    own = np.maximum(token_mask.sum(axis=1), 1)[pair_text]
+    calls = len(pair_text) // rows_per_call
+    count = min(max(calls // _CALLS_PER_LENGTH, 1), _MOST_LENGTHS)
+    wanted = np.quantile(own, np.linspace(0, 1, count + 1)[1:], method="higher")
+    lengths = np.unique(np.minimum(-(-wanted // _MULTIPLE) * _MULTIPLE, token_mask.shape[1]))
+    return lengths[np.searchsorted(lengths, own)]
+
+
+def _window(pair_image: np.ndarray, rows_per_call: int, lengths: int, size: int) -> int:
+    """How many consecutive images a call looks at: a little more than its rows have on average."""
+    images = len(np.unique(pair_image))
+    return min(-(-5 * rows_per_call * lengths * images // (4 * len(pair_image))) + 1, size)
+
+
+def _chunks(
+    rows: np.ndarray, pair_image: np.ndarray, most: int, window: int
+) -> Iterator[np.ndarray]:
+    """Splits rows, by image, into runs of at most `most` rows and `window` images."""
+    images, start = pair_image[rows], 0
+    while start < len(rows):
+        end = min(start + most, np.searchsorted(images, images[start] + window))
+        yield rows[start:end]
+        start = end
