@@ -316,7 +316,7 @@ def test_command_line_round_trip(tmp_path, capsys):
     assert main(["bench", out, *bench.split()]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == [
-        *("read", "decode", "resize", "flip", "tokenize", "all", "pipeline")
+        *("read", "decode", "flip", "tokenize", "all", "pipeline")
     ]
 
 

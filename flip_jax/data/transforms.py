@@ -144,7 +144,7 @@ def resize_image(image: np.ndarray, size: int) -> np.ndarray:
 def load_image(data: bytes, size: int) -> np.ndarray:
     """Decodes a picture and squashes it to `size` x `size`, for training: no slower than need be.
 
-    Differs from `resize_image(decode_image(data), size)`, 45 to 49 dB on faces, where an axis
+    Differs from `resize_image(decode_image(data), size)`, 44 dB or more on faces, where an axis
     shrinks: libjpeg leaves out what would be thrown away (`decode_jpeg`), and OpenCV does the
     rest, by cubic sampling where little is left to shrink and by averages of areas elsewhere.
 
