@@ -218,6 +218,26 @@ def test_pairs_are_cut_into_calls_that_hold_them(monkeypatch):
     assert len(lengths) == 4 and max(lengths) == 65 and windows == {3}
 
 
+@pytest.mark.parametrize("per_image", [16, 512])
+def test_lengths_do_not_cost_more_calls_than_they_save(per_image):
+    """Many blocks of few pairs take one length, for each would have a padded call in each block."""
+    rng = np.random.default_rng(0)
+    size, images, texts = 8, 2400, 2000
+    image = np.repeat(np.arange(images), per_image)
+    text = rng.integers(texts, size=len(image))
+    mask = np.arange(65) < rng.integers(20, 66, texts)[:, None]
+    rows_per_call = 8 * size
+    calls, blocks = len(image) // rows_per_call, images // size
+    length = pair_visits._cut_lengths(mask, text, calls, blocks)
+    made = [
+        -(-np.sum(length[block : block + size * per_image] == cut) // rows_per_call)
+        for block in range(0, len(image), size * per_image)
+        for cut in np.unique(length)
+    ]
+    assert sum(made) <= 1.15 * calls
+    assert (len(np.unique(length)) > 8) == (per_image == 512)
+
+
 def test_k_larger_than_the_gallery(recorded):
     cfg, params, gallery, _ = recorded
     with pytest.raises(ValueError, match=r"config.eval.rerank=21: the gallery has 20 images"):

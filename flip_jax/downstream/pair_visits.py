@@ -22,6 +22,7 @@ _PAIRS_PER_IMAGE = 8  # pairs in one call of the fused text tower, per image of 
 _MULTIPLE = 4  # of tokens that texts are cut to
 _MOST_LENGTHS = 16
 _CALLS_PER_LENGTH = 64  # for fewer it does not pay to compile the tower once more
+_CALLS_PER_BLOCK = 4  # of each length: the last one of a block is half padding
 
 
 def visit_pairs(
@@ -53,7 +54,8 @@ def visit_pairs(
     if not len(pair_image):
         return
     rows_per_call = size * _PAIRS_PER_IMAGE
-    length = _cut_lengths(token_mask, pair_text, rows_per_call)
+    calls, blocks = len(pair_image) // rows_per_call, len(np.unique(pair_image // size))
+    length = _cut_lengths(token_mask, pair_text, calls, blocks)
     lengths = np.unique(length)
     window = _window(pair_image, rows_per_call, len(lengths), size)
     host, hosts = partition.host_slice(mesh)
@@ -83,11 +85,17 @@ def visit_pairs(
                 yield chunk, np.asarray(values)[: len(chunk)]
 
 
-def _cut_lengths(token_mask: np.ndarray, pair_text: np.ndarray, rows_per_call: int) -> np.ndarray:
-    """To how many tokens the text of each pair is cut, int64 [P]: all of its own and few more."""
+def _cut_lengths(
+    token_mask: np.ndarray, pair_text: np.ndarray, calls: int, blocks: int
+) -> np.ndarray:
+    """To how many tokens the text of each pair is cut, int64 [P]: all of its own and few more.
+
+    Args:
+      calls: that all pairs fill; blocks: of images that they are of.
+    """
     own = np.maximum(token_mask.sum(axis=1), 1)[pair_text]
-    calls = len(pair_text) // rows_per_call
-    count = min(max(calls // _CALLS_PER_LENGTH, 1), _MOST_LENGTHS)
+    pays = min(calls // _CALLS_PER_LENGTH, calls // (_CALLS_PER_BLOCK * blocks), _MOST_LENGTHS)
+    count = max(pays, 1)
     wanted = np.quantile(own, np.linspace(0, 1, count + 1)[1:], method="higher")
     lengths = np.unique(np.minimum(-(-wanted // _MULTIPLE) * _MULTIPLE, token_mask.shape[1]))
     return lengths[np.searchsorted(lengths, own)]
