@@ -184,11 +184,14 @@ def test_recorded_scores(recorded, monkeypatch, calls_per_length, pairs_per_imag
 
 def test_pairs_are_cut_into_calls_that_hold_them(monkeypatch):
     """Every pair once; each call has texts that fit and images within its window."""
-    monkeypatch.setattr(pair_visits, "_CALLS_PER_LENGTH", 15)
+    monkeypatch.setattr(pair_visits, "_CALLS_PER_LENGTH", 12)
     monkeypatch.setattr(pair_visits, "_PAIRS_PER_IMAGE", 1)
     rng = np.random.default_rng(0)
     size, texts = 8, 40
-    image, text = np.divmod(np.sort(rng.choice(20 * texts, 500, replace=False)), texts)
+    # The window cuts calls where images have few pairs.
+    share = np.repeat(np.where(np.arange(20) % 8 < 5, 0.1, 1.0), texts)
+    chosen = rng.choice(20 * texts, 400, replace=False, p=share / share.sum())
+    image, text = np.divmod(np.sort(chosen), texts)
     mask = np.arange(65) < np.append(rng.integers(3, 65, texts - 1), 65)[:, None]
     seen = []
     gallery = ArrayGallery(np.zeros((20, 2, 2, 3), np.uint8), mask[:0], mask[:0], np.arange(0))
@@ -201,7 +204,7 @@ def test_pairs_are_cut_into_calls_that_hold_them(monkeypatch):
 
     numbers = np.tile(np.arange(texts, dtype=np.int32)[:, None], 65)
     blocks = iter(range(3))
-    found = np.full((500, 3), -1)
+    found = np.full((400, 3), -1)
     for rows, values in pair_visits.visit_pairs(
         gallery,
         (numbers, mask),
