@@ -106,7 +106,7 @@ def write_results(workdir: Path, step: int, retrieval: Retrieval, gallery: Any) 
       workdir: of the run; its metrics.jsonl gives the curves and the numbers at step 0.
       step: of the model that was evaluated.
       retrieval: the final evaluation.
-      gallery: what it was made on, see `flip_jax.data.pipeline.Gallery`.
+      gallery: what it was made on, see `flip_jax.data.gallery.Gallery`.
     """
     if not distributed.is_main():
         return
@@ -140,7 +140,7 @@ def write_picture(
       path: file to write.
       rows: lines of metrics.jsonl.
       retrieval: the final evaluation.
-      gallery: the pictures and captions it was made on, see `flip_jax.data.pipeline.Gallery`.
+      gallery: the pictures and captions it was made on, see `flip_jax.data.gallery.Gallery`.
     """
     figure = Figure(figsize=(13, 15), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[1, 3.2])

@@ -14,7 +14,8 @@ import flip_jax
 from flip_jax import distributed, partition
 from flip_jax.checkpoint import Checkpointer
 from flip_jax.config import Config, to_dict
-from flip_jax.data.pipeline import Gallery, TrainPipeline
+from flip_jax.data.gallery import Gallery
+from flip_jax.data.pipeline import TrainPipeline
 from flip_jax.data.records import RecordSource
 from flip_jax.data.sources import write_drawn
 from flip_jax.data.tokenizer import Tokenizer

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from flip_jax import partition
 from flip_jax.config import EvalConfig, MeshConfig
-from flip_jax.data.pipeline import Gallery
+from flip_jax.data.gallery import Gallery
 from flip_jax.data.record_writer import RecordWriter
 from flip_jax.data.records import RecordSource
 from flip_jax.downstream import retrieval_features, retrieval_heads, retrieval_numbers

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 
 from flip_jax.config import DataConfig
-from flip_jax.data.pipeline import BadData, Gallery, TrainPipeline
+from flip_jax.data.gallery import Gallery
+from flip_jax.data.pipeline import BadData, TrainPipeline
 from flip_jax.data.record_sketch import sketch_at
 from flip_jax.data.record_writer import RecordWriter
 from flip_jax.data.records import (

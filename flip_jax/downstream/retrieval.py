@@ -234,7 +234,7 @@ class RetrievalEvaluator:
     """
 
     def __init__(self, cfg: Config, gallery: Any, mesh: Mesh):
-        """Args: gallery: see `flip_jax.data.pipeline.Gallery`; mesh: devices to run on.
+        """Args: gallery: see `flip_jax.data.gallery.Gallery`; mesh: devices to run on.
 
         Raises:
           ValueError: if `eval.rerank` is larger than the gallery or `eval.batch_size` does not
