@@ -508,6 +508,13 @@ def test_dropout():
     assert dropout(x.astype(jnp.bfloat16), 0.3, jax.random.key(0)).dtype == jnp.bfloat16
 
 
+def test_neighbours_that_share_a_random_word_are_dropped_independently():
+    kept = np.asarray(dropout(jnp.ones((20_000, 5)), 0.4, jax.random.key(1))) != 0
+    correlation = np.corrcoef(kept, rowvar=False)
+    assert correlation.shape == (5, 5)  # of an odd axis the last half word is left over
+    assert abs(correlation - np.eye(5)).max() < 5 / 20_000**0.5
+
+
 def test_dropout_of_attention_probabilities():
     query = jnp.zeros((1, 1, 300, 4))
     value = jnp.eye(200)[None, None]  # the result is the probabilities

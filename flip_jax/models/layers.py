@@ -40,10 +40,17 @@ def rows_over_devices(x: Array) -> Array:
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Inverted dropout. `key` None means deterministic: x comes back unchanged."""
+    """Inverted dropout of x [..., N]. `key` None means deterministic: x comes back unchanged.
+
+    Two elements share a random word, so the probability is a multiple of 2^-16. Random numbers
+    cost: a word for each element took a twentieth of a training step on CPU.
+    """
     if key is None or rate == 0.0:
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    words = jax.random.bits(key, (*x.shape[:-1], -(-x.shape[-1] // 2)))
+    # Halves next to each other in the last axis, so that rows stay cut over the devices.
+    halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(*x.shape[:-1], -1)
+    keep = halves[..., : x.shape[-1]] < round((1.0 - rate) * 2**16)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 
