@@ -101,6 +101,10 @@ class Step:
             self._program = self._step.lower(self.state, batch).compile()
         return self._program
 
+    def text(self, batch: dict[str, Any]) -> str:
+        """The compiled program (HLO)."""
+        return self._compiled(batch).as_text()
+
     def memory(self, batch: dict[str, Any]) -> dict[str, float]:
         """MiB on each device that XLA plans: of `state` and batch, and of `temp`orary results."""
         found = self._compiled(batch).memory_analysis()

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from flip_jax import config
+from flip_jax.huge_pages import restart_with_huge_pages
 
 USAGE = """Any field of the config can be set on the command line, for example
   --config.data.path=data/faces --config.optim.lr=1e-4 --config.model.remat=dots
@@ -81,4 +82,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(main())

@@ -94,17 +94,20 @@ class Module:
         known = self.computations[computation]
         return sum(known[name].bytes for name in instruction.operands)
 
+    def flops_of_dot(self, computation: str, dot: Instruction) -> float:
+        """Floating-point operations of one matrix product: 2 m n k."""
+        (result, _), *_ = arrays(dot.type)
+        (left, _), *_ = arrays(self.computations[computation][dot.operands[0]].type)
+        contracted = [left[i] for i in dot.integers("lhs_contracting_dims")]
+        return 2.0 * math.prod(result) * math.prod(contracted)
+
     def dot_flops(self) -> float:
-        """Floating-point operations of all matrix products: 2 m n k each, times loop lengths."""
-        total = 0.0
-        for computation, instruction, times in self.executed():
-            if instruction.op == "dot":
-                (result, _), *_ = arrays(instruction.type)
-                left = self.computations[computation][instruction.operands[0]]
-                (shape, _), *_ = arrays(left.type)
-                contracted = [shape[i] for i in instruction.integers("lhs_contracting_dims")]
-                total += times * 2.0 * math.prod(result) * math.prod(contracted)
-        return total
+        """Of all matrix products, times loop lengths."""
+        return sum(
+            times * self.flops_of_dot(computation, instruction)
+            for computation, instruction, times in self.executed()
+            if instruction.op == "dot"
+        )
 
     def dot_bytes(self) -> float:
         """Bytes of operands and results of all matrix products, times loop lengths."""

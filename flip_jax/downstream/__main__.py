@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from flip_jax.huge_pages import restart_with_huge_pages
 from flip_jax.settings import set_fields
 
 EPILOG = """Fields are those of the task's `Settings`, for example
@@ -74,4 +75,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     sys.exit(main())

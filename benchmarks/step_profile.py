@@ -1,0 +1,155 @@
+"""Where the time of a training step goes on the CPU, and what its matrix products alone would take.
+
+    python benchmarks/step_profile.py [--size base|half] [--batch 8] [--remat dots]
+
+Runs the full recipe on grammar captions under XLA's profiler and sorts what it executed by kind.
+Operations that run side by side count with their own times, so shares are of the sum. `limit` is
+the step if nothing but its products were left, at the rate of one large product, timed in the same
+run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import steps
+from flip_jax.compile.hlo import Instruction, Module
+
+# Kind -> how the names of such operations start; the first that fits counts.
+KINDS = {
+    "stacks of layers: fill, cut, join": r"wrapped_(broadcast|slice|pad)|.*dynamic-(update-)?slice",
+    "copies, other layouts, gathers": r"copy|transpose|wrapped_transpose|gather|concatenate",
+}
+
+
+@dataclasses.dataclass
+class Found:
+    """What was executed of one kind."""
+
+    seconds: float = 0.0
+    flops: float = 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=steps.CONFIGS, default="base")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--remat", choices=("none", "dots", "full"), default="dots")
+    args = parser.parse_args()
+    cfg = steps.CONFIGS[args.size](args.batch)
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, remat=args.remat))
+    batch = steps.cut(steps.make_batch(steps.grammar_lengths(args.batch)))
+    step = steps.Step(cfg)
+    step(batch)
+    seconds = steps.timed(lambda: step(batch))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            step(batch)
+        module = Module(step.text(batch))
+        kinds = sort(module, executed(Path(folder)))
+    rate = product_rate()
+    flops = sum(found.flops for found in kinds.values())
+    if abs(flops / module.dot_flops() - 1) > 0.01:
+        raise AssertionError(f"the trace has {flops:.4g} of {module.dot_flops():.4g} FLOP")
+    total = sum(found.seconds for found in kinds.values())
+    for name, found in sorted(kinds.items(), key=lambda item: -item[1].seconds):
+        speed = f"{found.flops / found.seconds / 1e9:6.0f} GFLOP/s" if found.flops else ""
+        print(f"{name:36} {found.seconds:7.2f} s {found.seconds / total:5.0%} {speed}")
+    print(f"step {seconds:.2f} s; limit {flops / rate:.2f} s: {flops / 1e12:.2f} TFLOP of products")
+    print(f"at {rate / 1e9:.0f} GFLOP/s")
+    result = {
+        "benchmark": "step_profile",
+        "size": args.size,
+        "batch": args.batch,
+        "remat": args.remat,
+        "kinds": {name: dataclasses.asdict(found) for name, found in kinds.items()},
+        "step_seconds": seconds,
+        "product_flops_per_second": rate,
+        "limit_seconds": flops / rate,
+        "jax": jax.__version__,
+    }
+    print(json.dumps(result))
+
+
+def executed(folder: Path) -> dict[str, tuple[int, float]]:
+    """Name of an operation -> (how often it ran, seconds in all), from a trace of the profiler."""
+    (path,) = folder.rglob("*.xplane.pb")
+    counts: collections.Counter[str] = collections.Counter()
+    seconds: collections.Counter[str] = collections.Counter()
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+        for line in plane.lines:
+            for event in line.events:
+                counts[event.name] += 1
+                seconds[event.name] += event.duration_ns / 1e9
+    return {name: (counts[name], seconds[name]) for name in counts}
+
+
+def sort(module: Module, events: dict[str, tuple[int, float]]) -> dict[str, Found]:
+    """Adds up the operations of each kind; loops and calls count by what is in them."""
+    kinds: dict[str, Found] = collections.defaultdict(Found)
+    for name, instructions in module.computations.items():
+        for instruction in instructions.values():
+            if instruction.name not in events or instruction.op in ("while", "call", "conditional"):
+                continue
+            count, seconds = events[instruction.name]
+            flops = product_flops(module, name, instruction)
+            found = kinds[kind(instruction, flops)]
+            found.seconds += seconds
+            found.flops += count * flops
+    return dict(kinds)
+
+
+def kind(instruction: Instruction, flops: float) -> str:
+    """In the words of the table."""
+    source = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    source = source[1] if source else ""
+    if flops:
+        many = len(re.findall(r"\d+", instruction.type.split("{")[0].split("[")[-1])) > 3
+        return "products of attention" if many else "products with weights, and of ITC"
+    if instruction.type.startswith(("u32", "(u32", "u16")):
+        return "random numbers of dropout"
+    for name, pattern in KINDS.items():
+        if re.match(pattern, instruction.name):
+            return name
+    if "jvp(" not in source:
+        return "AdamW, twins, queue"
+    return "norms, activations, sums, softmax"
+
+
+def product_flops(module: Module, computation: str, instruction: Instruction) -> float:
+    """Of the matrix products in one operation, a fusion or a product itself."""
+    if instruction.op == "dot":
+        return module.flops_of_dot(computation, instruction)
+    called = re.search(r"\bcalls=%?([\w.-]+)", instruction.attributes)
+    if not called:
+        return 0.0
+    inside = module.computations[called[1]].values()
+    return sum(module.flops_of_dot(called[1], one) for one in inside if one.op == "dot")
+
+
+def product_rate(rounds: int = 5) -> float:
+    """FLOP/s of a product of the size of the largest in the step, the fastest of some."""
+    rows, inner, columns = 1576, 768, 3072
+    left, right = jnp.ones((rows, inner)), jnp.ones((inner, columns))
+    product = jax.jit(lambda a, b: a @ b)
+    jax.block_until_ready(product(left, right))
+    fastest = min(
+        steps.timed(lambda: jax.block_until_ready(product(left, right))) for _ in range(rounds)
+    )
+    return 2 * rows * inner * columns / fastest
+
+
+if __name__ == "__main__":
+    main()
