@@ -139,7 +139,7 @@ def product_flops(module: Module, computation: str, instruction: Instruction) ->
     return sum(module.flops_of_dot(called[1], one) for one in inside if one.op == "dot")
 
 
-def product_rate(rounds: int = 5) -> float:
+def product_rate(rounds: int = 50) -> float:
     """FLOP/s of a product of the size of the largest in the step, the fastest of some."""
     rows, inner, columns = 1576, 768, 3072
     left, right = jnp.ones((rows, inner)), jnp.ones((inner, columns))
