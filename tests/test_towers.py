@@ -506,6 +506,7 @@ def test_dropout():
     np.testing.assert_allclose(dropped[kept], 3 / 0.7, rtol=1e-6)
     assert kept.mean() == pytest.approx(0.7, abs=5 * (0.21 / x.size) ** 0.5)
     assert dropout(x.astype(jnp.bfloat16), 0.3, jax.random.key(0)).dtype == jnp.bfloat16
+    assert (dropout(x, 1e-6, jax.random.key(0)) != 0).all()  # less than the least probability
 
 
 def test_neighbours_that_share_a_random_word_are_dropped_independently():

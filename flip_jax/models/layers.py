@@ -50,7 +50,8 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
     words = jax.random.bits(key, (*x.shape[:-1], -(-x.shape[-1] // 2)))
     # Halves next to each other in the last axis, so that rows stay cut over the devices.
     halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(*x.shape[:-1], -1)
-    keep = halves[..., : x.shape[-1]] < round((1.0 - rate) * 2**16)
+    # Wider for the comparison: with a rate near 0 the limit is 2^16 itself.
+    keep = halves[..., : x.shape[-1]].astype(jnp.uint32) < round((1.0 - rate) * 2**16)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 
