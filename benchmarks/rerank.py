@@ -36,15 +36,8 @@ from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import torch_peer
-from benchmarks.train_step import (
-    grammar_lengths,
-    make_batch,
-    make_texts,
-    our_config,
-    timed,
-    torch_texts,
-)
+from benchmarks import steps, torch_peer
+from benchmarks.train_step import torch_texts
 from flip_jax import partition
 from flip_jax.config import MeshConfig
 from flip_jax.convert import torch_flip
@@ -165,9 +158,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="of each side, in turns")
     args = parser.parse_args()
     images, texts, i2t = wanted_pairs(args.gallery, args.k)
-    cfg = our_config(args.gallery, dropout=0.0)
-    lengths = grammar_lengths(args.gallery)
-    pixels, batch = make_batch(lengths[:1])["image"], make_texts(lengths)
+    cfg = steps.our_config(args.gallery, dropout=0.0)
+    lengths = steps.grammar_lengths(args.gallery)
+    pixels, batch = steps.make_batch(lengths[:1])["image"], steps.make_texts(lengths)
     params = jax.jit(lambda key: flip.init_params(cfg.model, 0.07, key))(jax.random.key(0))
     ours, theirs = Ours(params, cfg.model, pixels, batch), Theirs(params, cfg, pixels, batch)
     calls = ours.calls((images, texts))
@@ -177,13 +170,12 @@ def main() -> None:
     seconds: dict[str, list[float]] = {"flip_jax": [], "pytorch": []}
     for turn in range(args.rounds + 1):
         mine = sum(
-            count * timed(lambda call=call: jax.block_until_ready(ours.match(*call)))
+            count * steps.timed(lambda call=call: jax.block_until_ready(ours.match(*call)))
             for count, call in calls.values()
         )
-        peers = 2 * args.gallery * timed(lambda: theirs(i2t[0]))
         if turn:  # the first one compiles
             seconds["flip_jax"].append(mine)
-            seconds["pytorch"].append(peers)
+            seconds["pytorch"].append(2 * args.gallery * steps.timed(lambda: theirs(i2t[0])))
     pairs = {"flip_jax": len(images), "pytorch": 2 * args.gallery * args.k}
     whole = {name: statistics.median(each) for name, each in seconds.items()}
     per_pair = {name: whole[name] / pairs[name] for name in pairs}

@@ -95,8 +95,10 @@ class ModelConfig:
 class LossWeights:
     """The loss is the sum of these parts times their weights; one of weight 0 is not computed."""
 
-    contrastive: float = 1.0  # see `LossConfig.contrastive`
-    itm: float = 1.0  # image-text matching
+    # See `LossConfig.contrastive`. Without it there is no ITM, and what reads no text stays as it
+    # starts, but for weight decay.
+    contrastive: float = 1.0
+    itm: float = 1.0  # image-text matching, with hard negatives of the contrastive loss
     # Masked image modelling (FaRL, arXiv 2112.03109): a second pass of the image tower, of which
     # some patches are hidden, and `model.mim_depth` more blocks that tell what was there.
     mim: float = 0.0
@@ -143,6 +145,11 @@ class LossConfig:
     # Share of a word's target that goes to the whole vocabulary, as in BLIP: captions say the same
     # in many ways, and no word should be certain.
     caption_smoothing: float = 0.1
+
+    @property
+    def has_twins(self) -> bool:
+        """Whether there are momentum twins and a queue."""
+        return self.contrastive == "itc" and self.weights.contrastive > 0
 
 
 @dataclass(frozen=True)
@@ -355,17 +362,14 @@ def _validate_training(cfg: Config) -> None:
         cfg.model.logit_bias,
         f"must be {'a number' if needed else 'None'} with loss.contrastive={loss.contrastive}",
     )
-    if loss.contrastive == "itc":
+    if loss.has_twins:
         _validate_candidates(loss, batch)
-    _at_least(cfg, 0, "loss.weights.itm", "loss.weights.mim", "model.mim_depth")
-    _at_least(cfg, 0, "loss.weights.caption")
+    _validate_weights(cfg)
     head, needed = cfg.model.caption_head, loss.weights.caption > 0
     allowed = f"must be {needed} with loss.weights.caption={loss.weights.caption}"
     _require(head == needed, "model.caption_head", head, allowed)
     smoothing = loss.caption_smoothing
     _require(0 <= smoothing < 1, "loss.caption_smoothing", smoothing, "must be in [0, 1)")
-    weight = loss.weights.contrastive
-    _require(weight > 0, "loss.weights.contrastive", weight, "must be above 0")
     _validate_mim(cfg)
     _require(
         0 < loss.temperature_min <= loss.temperature <= loss.temperature_max,
@@ -408,6 +412,18 @@ def _validate_training(cfg: Config) -> None:
     )
 
 
+def _validate_weights(cfg: Config) -> None:
+    weights, parts = cfg.loss.weights, vars(cfg.loss.weights)
+    _at_least(cfg, 0, "model.mim_depth", *(f"loss.weights.{name}" for name in parts))
+    _require(any(parts.values()), "loss.weights", weights, "at least one must be above 0")
+    _require(
+        weights.contrastive > 0 or not weights.itm,
+        "loss.weights.itm",
+        weights.itm,
+        "must be 0 with loss.weights.contrastive=0: ITM's negatives are what that loss mixes up",
+    )
+
+
 def _validate_mim(cfg: Config) -> None:
     model, loss, patches = cfg.model, cfg.loss, cfg.model.vision.patches
     depth, weight = model.mim_depth, loss.weights.mim
@@ -427,10 +443,10 @@ def _validate_mim(cfg: Config) -> None:
     allowed = f"must be {hard} with loss.mim_masking={loss.mim_masking}"
     _require(model.mim_loss_head == hard, "model.mim_loss_head", model.mim_loss_head, allowed)
     _require(
-        not hard or loss.contrastive == "itc",
+        not hard or loss.has_twins,
         "loss.mim_masking",
         "hard",
-        "needs momentum twins, so loss.contrastive=itc",
+        "needs momentum twins, so loss.contrastive=itc and loss.weights.contrastive above 0",
     )
 
 

@@ -251,7 +251,11 @@ def model_flops_per_pair(
     fusion = 3 * work(text, s, first_only=True) + cross + 3 * 4 * width
     heads = 2 * vision.width * embed + 2 * width * embed
 
-    online = 2 * patch_embed + 3 * (vit + bert + heads)
+    online = 0
+    if weights.contrastive or weights.caption:
+        online += 2 * patch_embed + 3 * vit
+    if weights.contrastive:
+        online += 3 * (bert + heads)
     if weights.itm:
         online += 3 * fusion + 2 * 2 * batch * embed
     if weights.mim:
@@ -266,8 +270,8 @@ def model_flops_per_pair(
         cross = 4 * n * vision.width * width + 4 * s * width**2 + 4 * s * n * width
         told = work(text, s, False) + text.depth * cross
         online += 3 * (told + 2 * s * width * (width + text.vocab_size))
-    if cfg.loss.contrastive == "sigmoid":
-        return float(online + 3 * 2 * batch * embed)
+    if not cfg.loss.has_twins:
+        return float(online + (3 * 2 * batch * embed if weights.contrastive else 0))
     local = cfg.loss.local_batch if cfg.loss.candidates == "local" else batch
     similarities = 2 * 2 * 4 * (local + cfg.loss.queue_size) * embed
     twins = patch_embed + work(vision, n_all, first_only=True) + bert + heads

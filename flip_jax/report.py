@@ -15,6 +15,14 @@ from flip_jax import distributed
 from flip_jax.downstream.retrieval import SHOWN, Retrieval
 
 QUERIES = 6
+# What the plot of the losses shows: the first two that there are.
+LOSSES = (
+    ("loss_itc", "ITC"),
+    ("loss_sigmoid", "sigmoid"),
+    ("loss_itm", "ITM"),
+    ("loss_mim", "MIM"),
+    ("loss_caption", "caption"),
+)
 RIGHT, WRONG = "#1a9850", "#d0d0d0"
 
 
@@ -40,8 +48,8 @@ def _two_scales(
 
 def _plot_curves(figure: SubFigure, rows: list[dict[str, float]]) -> None:
     losses, recalls, rates = figure.subplots(1, 3)
-    name = "sigmoid" if any("loss_sigmoid" in row for row in rows) else "ITC"
-    _two_scales(losses, rows, (f"loss_{name.lower()}", name), ("loss_itm", "ITM"))
+    parts = [(metric, label) for metric, label in LOSSES if any(metric in row for row in rows)]
+    _two_scales(losses, rows, *(parts + [("loss", "sum")] * 2)[:2])
     losses.set_title("loss")
     for order in ("cosine", "reranked"):
         for direction, arrow in (("t2i", "text→image"), ("i2t", "image→text")):

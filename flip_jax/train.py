@@ -39,7 +39,7 @@ class TrainState(TypedDict):
     opt_state: optax.OptState
     momentum: flip.Params  # the twins, see flip.twin_params
     queue: dict[str, Array]  # image, text [Q, E], group [Q], pointer
-    # The last two are empty with `loss.contrastive=sigmoid`.
+    # The last two are empty without ITC, see `LossConfig.has_twins`.
 
 
 def init_state(cfg: Config, tx: optax.GradientTransformation) -> TrainState:
@@ -47,7 +47,7 @@ def init_state(cfg: Config, tx: optax.GradientTransformation) -> TrainState:
     params_key, queue_key = jax.random.split(jax.random.key(cfg.seed))
     params = flip.init_params(cfg.model, cfg.loss.temperature, params_key)
     momentum, queue = {}, {}
-    if cfg.loss.contrastive == "itc":
+    if cfg.loss.has_twins:
         momentum = jax.tree.map(jnp.copy, flip.twin_params(params))
         queue = flip.init_queue(cfg.loss.queue_size, cfg.model.embed_dim, queue_key)
     return TrainState(

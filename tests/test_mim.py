@@ -11,9 +11,11 @@ from test_partition import assert_same_steps, run
 from tiny_run import CFG, batches
 
 from flip_jax import config
+from flip_jax.compile.hlo import Module
 from flip_jax.config import LossWeights
 from flip_jax.losses.flip import flip_loss
 from flip_jax.losses.mim import pixel_errors, pixel_targets
+from flip_jax.metrics import model_flops_per_pair
 from flip_jax.models import flip
 from flip_jax.models.vit import normalize_pixels
 from flip_jax.optim import make_optimizer
@@ -88,6 +90,26 @@ def test_the_loss_is_the_weighted_sum_of_its_parts():
     assert "loss_itm" not in losses(LossWeights(itm=0.0), batch)[1]
 
 
+def test_mim_alone_neither_reads_texts_nor_keeps_twins():
+    """What no loss needs is neither in the state nor in the compiled step nor changed by it."""
+    weights = LossWeights(contrastive=0, itm=0, mim=1)
+    cfg = replace(MIM, loss=replace(MIM.loss, weights=weights))
+    tx = make_optimizer(replace(cfg.optim, weight_decay=0.0), lambda _: 1e-3)
+    before = init_state(cfg, tx)
+    assert before["momentum"] == {} and before["queue"] == {}
+    step = make_train_step(cfg, tx, lambda _: jnp.float32(1e-3), lambda _: 0.0)
+    (batch,) = batches(1)
+    compiled = jax.jit(step).lower(before, batch).compile()
+    products = Module(compiled.as_text()).dot_flops() / len(batch["image"])
+    assert 1 <= products / model_flops_per_pair(cfg) < 1.02
+    after, metrics = compiled(before, batch)
+    assert metrics["loss"] == metrics["loss_mim"] and "loss_itc" not in metrics
+    for name in ("bert", "image_proj", "text_proj", "itm_head"):
+        jax.tree.map(np.testing.assert_array_equal, after["params"][name], before["params"][name])
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), after["params"], before["params"])
+    assert all(jax.tree.leaves((moved["vit"]["blocks"], moved["mim"])))
+
+
 @pytest.mark.slow
 def test_same_steps_on_a_mesh():
     meshed, alone = run(8, 2, MIM), run(1, 1, MIM)
@@ -136,7 +158,26 @@ def test_learns_to_guess_a_fixed_batch():
             ],
             r"loss\.mim_masking='hard': needs momentum twins",
         ),
-        (["loss.weights.contrastive=0"], r"loss\.weights\.contrastive=0.*must be above 0"),
+        (["loss.weights.contrastive=-1"], r"loss\.weights\.contrastive=-1.*must be at least 0"),
+        (
+            ["loss.weights.contrastive=0"],
+            r"loss\.weights\.itm=1\.0: must be 0 with loss\.weights\.contrastive=0",
+        ),
+        (
+            ["loss.weights.contrastive=0", "loss.weights.itm=0"],
+            r"loss\.weights=.*at least one must be above 0",
+        ),
+        (
+            [
+                "loss.weights.contrastive=0",
+                "loss.weights.itm=0",
+                "loss.weights.mim=1",
+                "model.mim_depth=1",
+                "loss.mim_masking=hard",
+                "model.mim_loss_head=true",
+            ],
+            r"loss\.mim_masking='hard': needs momentum twins",
+        ),
     ],
 )
 def test_settings_that_do_not_fit(fields, message):

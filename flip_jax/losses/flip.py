@@ -42,7 +42,7 @@ def flip_loss(
 
     Args:
       params, momentum: online parameters and twins, the twins already updated.
-      queue: before this batch is added. Like the twins it is empty with the sigmoid loss.
+      queue: before this batch is added. Like the twins it is empty without ITC.
       batch: image uint8 [B, H, W, 3] (or float32, normalised), token_ids int32 [B, S],
         token_mask bool [B, S], group int32 [B]; part_ids, part_mask [B, S] if the contrastive loss
         reads another text than ITM; regions, see `mim_part`.
@@ -54,7 +54,7 @@ def flip_loss(
       tokenizer, hard_share: of MIM, see `mim_part`.
 
     Returns:
-      (loss, {"metrics": scalars; "twin_embeds": for the queue, empty with the sigmoid loss;
+      (loss, {"metrics": scalars; "twin_embeds": for the queue, empty without ITC;
       "itm_logits": float32 [3B, 2] where ITM has a weight})
     """
     keys = [None] * 5 if key is None else jax.random.split(key, 5)
@@ -77,17 +77,18 @@ def flip_loss(
         return {"image": twin.embed_image(image), "text": twin.embed_text(*texts, key)}
 
     parts = cfg.optim.accum_steps
+    # What no loss below reads is not in the compiled step.
     image_tokens, embeds = in_parts(encode, parts)(tuple(keys[:2]), image, compared)
-    twin_embeds = {}
-    if cfg.loss.contrastive == "itc":
+    losses, metrics, twin_embeds = {}, {}, {}
+    if twin is not None:
         twin_embeds = jax.lax.stop_gradient(in_parts(encode_twin, parts)(keys[2], image, compared))
-    contrastive, same_group = _contrastive(
-        embeds, twin_embeds, queue, batch["group"], params, alpha, cfg, mesh
-    )
-    losses = {cfg.loss.contrastive: weights.contrastive * contrastive}
-    metrics = {f"loss_{cfg.loss.contrastive}": contrastive, "same_group": same_group}
     aux = {"twin_embeds": twin_embeds}
-
+    if weights.contrastive:
+        name = cfg.loss.contrastive
+        metrics[f"loss_{name}"], metrics["same_group"] = _contrastive(
+            embeds, twin_embeds, queue, batch["group"], params, alpha, cfg, mesh
+        )
+        losses[name] = weights.contrastive * metrics[f"loss_{name}"]
     if weights.itm:
         valid = {name: jnp.ones(len(image), bool) for name in embeds}
         if negatives is None:

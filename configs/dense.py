@@ -1,0 +1,28 @@
+"""Masked image modelling alone, on drawn faces: a small image tower for parsing and alignment.
+
+No text is read. Patches of 8 px, half of them hidden.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from flip_jax.config import CheckpointConfig, Config, DrawnConfig, EvalConfig, LossWeights, load
+
+
+def get_config() -> Config:
+    demo = load(Path(__file__).with_name("demo.py"))
+    vision = replace(demo.model.vision, patch_size=8)
+    return replace(
+        demo,
+        model=replace(demo.model, vision=vision, mim_depth=1),
+        loss=replace(
+            demo.loss, weights=LossWeights(contrastive=0.0, itm=0.0, mim=1.0), mim_share=0.5
+        ),
+        data=replace(
+            demo.data,
+            drawn=DrawnConfig(train_identities=6000, test_identities=500, pictures=2, size=96),
+        ),
+        eval=EvalConfig(every_epochs=0.0, max_images=100, rerank=0),
+        checkpoint=CheckpointConfig(every_steps=None, every_minutes=5.0),
+        epochs=20.0,
+    )
