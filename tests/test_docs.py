@@ -1,8 +1,11 @@
 """The pages under docs: their commands run, and the fields, files and metrics they name exist."""
 
 import dataclasses
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +48,16 @@ def exists(path):
             return False
         part = getattr(part, name)
     return True
+
+
+def test_the_compiler_knows_the_flags_that_pages_name():
+    flags = {flag for page in PAGES for flag in re.findall(r"--xla_\w+=\w+", page.read_text())}
+    assert len(flags) >= 4
+    code = "import jax; jax.jit(lambda x: x + 1)(1.0)"
+    environment = os.environ | {"XLA_FLAGS": " ".join(sorted(flags)), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", code]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
 
 
 def test_the_data_page_runs(tmp_path, monkeypatch, capsys):

@@ -305,7 +305,7 @@ def test_recipes():
     lapa = Settings(recipe="lapa", epochs=3).resolved(224)
     assert (lapa.size, lapa.channels, lapa.epochs, lapa.batch_size) == (448, 768, 3, 40)
     assert (lapa.warp, lapa.align, lapa.finetune) == (0.8, "points", True)
-    assert lapa.dense_recipe().rates == (1e-4, 1e-3, 1e-3, 1e-3)
+    assert lapa.dense_recipe(1.0).rates == (1e-4, 1e-3, 1e-3, 1e-3)
     assert (lapa.augment.shift, lapa.augment.rotate, lapa.augment.scale) == (0.01, 0.314, 0.1)
     celeba = Settings(recipe="celeba_hq").resolved(224)
     assert (celeba.warp, celeba.align, celeba.epochs) == (0.0, "none", 300)

@@ -6,12 +6,10 @@ Source: arXiv 2112.03109 (FaRL), section 4, and its published configs.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from flip_jax.downstream.dense_augment import Augment
-from flip_jax.downstream.dense_settings import four_rates, numbers
-from flip_jax.downstream.dense_training import DenseRecipe
+from flip_jax.downstream.dense_settings import DenseSettings
 
 
 @dataclass(frozen=True)
@@ -27,6 +25,7 @@ class Recipe:
     align: Literal["none", "points"]
     rates: str
     evaluate_every: int
+    decay_at: float = 2 / 3
 
 
 _FARL = {
@@ -57,32 +56,16 @@ RECIPES = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(DenseSettings):
     """What `--field=value` sets. None = as the recipe has it."""
 
     # `celeba_hq` and `lapa` are FaRL's; `small` is for small models on few cores.
     recipe: Literal["small", "celeba_hq", "lapa"] = "small"
-    size: int | None = None  # pixels of the network's input
-    channels: int | None = None  # width of the head
-    epochs: int | None = None
-    batch_size: int | None = None  # set as --batch_size; --batch-size is of frozen encoders
-    finetune: bool | None = None  # whether the image tower is trained, too
     # Factor of the tanh warp, which gives the face the middle and squeezes what is around it into
     # the edges; 0 = none.
     warp: float | None = None
     # `points`: faces are turned and scaled by five of their landmarks; `none`: whole pictures.
     align: Literal["none", "points"] | None = None
-    rates: str | None = None  # learning rates of tower, neck, decoder and output
-    evaluate_every: int | None = None  # epochs
-    augment: Augment = field(default_factory=Augment)
-    fractions: str = "100"  # percent of the training pictures
-    seed: int = 0  # of subsets (each holds the smaller ones), start values, order, augmentation
-    train_split: str = "train"
-    val_split: str = "val"  # where there is none, a tenth of the training groups
-    test_split: str = "test"
-    random_backbone: bool = True  # also the same on a random-initialised backbone
-    by: str = ""  # columns to break the results down by, see `columns.read_columns`
-    resamples: int = 1000  # of the bootstrap
 
     def resolved(self, image_size: int) -> Settings:
         """With the recipe's values in place of None.
@@ -93,34 +76,10 @@ class Settings:
         Raises:
           ValueError: a number is out of range.
         """
-        given = {n: v for n, v in vars(self).items() if v is not None}
-        full = dataclasses.replace(self, **vars(RECIPES[self.recipe]) | given)
+        full = self.completed(RECIPES[self.recipe])
         if full.size is None:
             full = dataclasses.replace(full, size=2 * image_size)
-        _check(full)
+        full.check()
+        if not 0 <= full.warp <= 1:
+            raise ValueError(f"settings.warp={full.warp}: must be from 0 to 1")
         return full
-
-    def percents(self) -> list[float]:
-        """`fractions`, ascending."""
-        return sorted(set(numbers("fractions", self.fractions, 100.0)))
-
-    def dense_recipe(self) -> DenseRecipe:
-        """Of a resolved one."""
-        return DenseRecipe(
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            rates=four_rates(self.rates),
-            evaluate_every=self.evaluate_every,
-        )
-
-
-def _check(settings: Settings) -> None:
-    settings.percents()
-    four_rates(settings.rates)
-    for name in ("epochs", "batch_size", "evaluate_every", "resamples", "channels"):
-        if getattr(settings, name) < 1:
-            value = getattr(settings, name)
-            raise ValueError(f"settings.{name}={value}: must be at least 1")
-    if not 0 <= settings.warp <= 1:
-        raise ValueError(f"settings.warp={settings.warp}: must be from 0 to 1")
-    settings.augment.check("settings.augment")
