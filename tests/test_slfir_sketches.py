@@ -66,6 +66,16 @@ def test_strokes_of_drawn_faces(drawn):
     assert (np.diff(grown.astype(int), axis=0) <= 0).all() and grown[-1].min() < 100
 
 
+def test_a_hand_is_off_the_same_way_each_time(drawn):
+    exact, off = SketchFaces(drawn, 4), SketchFaces(drawn, 4, hand=1.0)
+    for row in (0, 1):
+        assert (off.grown(row) != exact.grown(row)).any()
+        np.testing.assert_array_equal(off.grown(row), SketchFaces(drawn, 4, hand=1.0).grown(row))
+    chosen = np.ones((24, 1), np.int32)
+    keys = [PartialSketches(sketches, chosen).key() for sketches in (exact, off)]
+    assert keys[0] != keys[1]  # or a cache would mix them up
+
+
 def test_pictures_of_each_person(drawn):
     one = SketchFaces(drawn, 3, per_person=1)
     assert len(one) == 12 and len(set(one.faces.group_ids)) == 12

@@ -9,6 +9,7 @@ import pytest
 
 from flip_jax.data.drawn_faces import draw_face, draw_sketch
 from flip_jax.data.sketch_strokes import (
+    by_hand,
     grow_raster,
     grow_strokes,
     level_paper,
@@ -74,6 +75,26 @@ def test_strokes_are_squashed_as_their_picture_is():
     assert dark[:, 0].min() >= 4 and dark[:, 0].max() <= 6
     assert dark[:, 1].min() <= 1 and dark[:, 1].max() >= 48
     assert not (grown[0] < 128)[:, 27:].any()
+
+
+def test_a_hand_is_as_far_off_as_it_says():
+    """Turn, scale and shift of two lines over many hands, against their standard deviations."""
+    shape, middle = (100, 200), np.array([100.0, 50.0])
+    lines = (middle + np.array([[-30, 0], [30, 0]]), middle + np.array([[0, -20], [0, 20]]))
+    for line, same in zip(lines, by_hand(lines, shape, 0.0, seed=0), strict=True):
+        np.testing.assert_allclose(same, line, atol=1e-5)
+    moved = np.array([by_hand(lines, shape, 1.0, seed) for seed in range(2000)])
+    first, second = moved[:, 0], moved[:, 1]
+    across = first[:, 1] - first[:, 0]
+    np.testing.assert_allclose(np.std(np.arctan2(*across.T[::-1])), np.radians(4), rtol=0.1)
+    np.testing.assert_allclose(np.std(np.log(np.hypot(*across.T))), 0.06, rtol=0.1)
+    centres = np.stack([first.mean(1), second.mean(1)]) - middle
+    sheet = np.hypot(0.04, 0.01) * np.array([200, 100])
+    np.testing.assert_allclose(centres.std(axis=1), np.stack([sheet, sheet]), rtol=0.1)
+    apart = (centres[0] - centres[1]).std(axis=0)
+    np.testing.assert_allclose(apart, 0.01 * np.sqrt(2) * np.array([200, 100]), rtol=0.1)
+    half = np.array([by_hand(lines, shape, 0.5, seed) for seed in range(2000)])
+    np.testing.assert_allclose(half[:, 0].mean(1).std(0), sheet / 2, rtol=0.1)
 
 
 def test_long_lines_come_first():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 
 import cv2
@@ -9,7 +10,7 @@ import numpy as np
 
 from flip_jax.data.jpeg import BadImage, jpeg_size
 from flip_jax.data.records import Record
-from flip_jax.data.sketch_strokes import raster_at, strokes_at
+from flip_jax.data.sketch_strokes import by_hand, raster_at, strokes_at
 from flip_jax.data.transforms import decode_image, resize_image
 
 
@@ -21,7 +22,7 @@ def sketch_kind(record: Record) -> str | None:
     return "strokes" if record.strokes else None
 
 
-def sketch_at(record: Record, shares: Sequence[float], side: int) -> np.ndarray:
+def sketch_at(record: Record, shares: Sequence[float], side: int, hand: float = 0.0) -> np.ndarray:
     """The sketch at some stages.
 
     Args:
@@ -29,6 +30,8 @@ def sketch_at(record: Record, shares: Sequence[float], side: int) -> np.ndarray:
       shares: how much of it is drawn, ascending, above 0 up to 1, which is all of it. Of a sketch
         that was published step by step, the first of its steps that has so much.
       side: S, pixels; the sketch is squashed as its photo is.
+      hand: how far off strokes are, which are the picture's own lines, see `by_hand`; the same
+        each time. Drawings stay as they are.
 
     Returns:
       uint8 [len(shares), S, S, 3], 255 = paper.
@@ -37,13 +40,15 @@ def sketch_at(record: Record, shares: Sequence[float], side: int) -> np.ndarray:
       ValueError: the stored sketch cannot be decoded or is blank; names the record.
     """
     try:
-        pictures = _pictures(record, np.asarray(shares), side)
+        pictures = _pictures(record, np.asarray(shares), side, hand)
     except ValueError as error:
         raise ValueError(f"sketch of {record.id}: {error}") from error
     return np.stack([resize_image(cv2.cvtColor(p, cv2.COLOR_GRAY2RGB), side) for p in pictures])
 
 
-def _pictures(record: Record, shares: np.ndarray, side: int) -> np.ndarray | list[np.ndarray]:
+def _pictures(
+    record: Record, shares: np.ndarray, side: int, hand: float
+) -> np.ndarray | list[np.ndarray]:
     """Grey pictures uint8 [H, W]."""
     drawings = record.drawings
     if len(drawings) > 1:
@@ -52,7 +57,9 @@ def _pictures(record: Record, shares: np.ndarray, side: int) -> np.ndarray | lis
         return [_grey(drawings[number]) for number in numbers]
     if drawings:
         return raster_at(_grey(drawings[0]), shares)
-    return strokes_at(record.strokes, jpeg_size(record.image), shares, side)
+    shape = jpeg_size(record.image)
+    strokes = by_hand(record.strokes, shape, hand, zlib.crc32(record.id.encode()))
+    return strokes_at(strokes, shape, shares, side)
 
 
 def _grey(data: bytes) -> np.ndarray:

@@ -32,6 +32,9 @@ _LINE_DARKNESS = 0.12
 # Standard deviation of the blur before that, as a share of the longer side.
 _SMOOTHING = 1 / 224
 _WHITE = 0.94  # of the paper's level, above which is only its texture
+# How far off a hand is that copies lines, standard deviations: the turn of the sheet in radians,
+# its scale (of the logarithm), its shift and, on top, that of each line, in sides of the picture.
+_HAND_TURN, _HAND_SCALE, _HAND_SHIFT, _HAND_LINE = math.radians(4), 0.06, 0.04, 0.01
 
 
 def level_paper(sketch: np.ndarray) -> np.ndarray:
@@ -139,6 +142,32 @@ def grow_strokes(
       ValueError: `steps` is below 1, or there is no stroke.
     """
     return strokes_at(strokes, shape, _even_shares(steps), side)
+
+
+def by_hand(
+    strokes: Sequence[np.ndarray], shape: tuple[int, int], amount: float, seed: int
+) -> tuple[np.ndarray, ...]:
+    """Lines as a hand would copy them: none is where it should be to the pixel.
+
+    Args:
+      strokes: polylines [n, 2] (x, y) in pixels of a picture.
+      shape: (H, W) of that picture.
+      amount: 1 = the hand of the constants above, 0 = an exact one.
+      seed: of what the hand does wrong.
+
+    Returns:
+      Polylines float32 [n, 2], some of them beyond the edge.
+    """
+    rng, sides = np.random.default_rng(seed), np.array([shape[1], shape[0]])
+    turn, stretch = amount * rng.normal(0, (_HAND_TURN, _HAND_SCALE))
+    cosine, sine = np.exp(stretch) * np.array([math.cos(turn), math.sin(turn)])
+    matrix = np.array([[cosine, sine], [-sine, cosine]])
+    shift = amount * rng.normal(0, _HAND_SHIFT, 2) * sides
+    moved = []
+    for line in strokes:
+        own = amount * rng.normal(0, _HAND_LINE, 2) * sides
+        moved.append(((line - sides / 2) @ matrix + sides / 2 + shift + own).astype(np.float32))
+    return tuple(moved)
 
 
 def strokes_at(

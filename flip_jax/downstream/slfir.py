@@ -53,9 +53,12 @@ class Settings:
     # that of another picture of the person. Both are done, each with heads of its own; the second
     # only where people have two pictures.
     subjects: str = "photo other"
+    # How far off the hand is that copies lines of drawn faces, which are those of the picture, see
+    # `sketch_strokes.by_hand`; 0 = exact. Drawings of artists stay as they are.
+    hand: float = 1.0
     # What the linear layers look at: `class`, the class token; `layers`, several blocks as well;
     # `grid`, also where on the sheet things are.
-    features: Literal["class", "layers", "grid"] = "layers"
+    features: Literal["class", "layers", "grid"] = "grid"
     train_steps: int = 10  # of each training and validation sketch, one from each tenth
     captions: int = 4  # of each training photo, at most
     negatives: int = 4  # draws of hard negatives for ITM
@@ -145,7 +148,7 @@ def _check(settings: Settings) -> tuple[tuple[float, ...], list[str]]:
     least = dict.fromkeys(
         ("steps", "train_steps", "captions", "negatives", "epochs", "batch_size", "resamples"), 1
     )
-    for name, low in (least | {"rerank": 0, "weight_decay": 0}).items():
+    for name, low in (least | {"rerank": 0, "weight_decay": 0, "hand": 0}).items():
         if getattr(settings, name) < low:
             value = getattr(settings, name)
             raise ValueError(f"settings.{name}={value}: must be at least {low}")
@@ -155,10 +158,12 @@ def _check(settings: Settings) -> tuple[tuple[float, ...], list[str]]:
 def _split(settings: Settings, data: FaceData, subjects: list[str]) -> _Splits:
     train, val = data.train_and_val(settings.train_split, settings.val_split)
     each = 2 if "other" in subjects else 1
+    test = data.split(settings.test_split)
+    given = {"steps": settings.steps, "hand": settings.hand}
     splits = _Splits(
-        train=SketchFaces(train, settings.steps),
-        val=SketchFaces(val, settings.steps, per_person=each),
-        test=SketchFaces(data.split(settings.test_split), settings.steps, per_person=each),
+        train=SketchFaces(train, **given),
+        val=SketchFaces(val, **given, per_person=each),
+        test=SketchFaces(test, **given, per_person=each),
     )
     people = {name: set(one.faces.group_ids) for name, one in vars(splits).items()}
     for name, found in people.items():

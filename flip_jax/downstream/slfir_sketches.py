@@ -26,11 +26,12 @@ class SketchFaces:
     Attributes:
       faces: their pictures.
       steps: T, pictures of every sketch, from the first lines to the complete one.
+      hand: see `record_sketch.sketch_at`.
       left_out: faces without a sketch or a caption.
       origins: how many sketches are of which kind, see `record_sketch.sketch_kind`.
     """
 
-    def __init__(self, faces: Faces, steps: int, per_person: int | None = None):
+    def __init__(self, faces: Faces, steps: int, per_person: int | None = None, hand: float = 0.0):
         """Looks at every record once.
 
         Args:
@@ -57,7 +58,7 @@ class SketchFaces:
                 f"{faces.source.path}, split {faces.source.split!r}: none of {len(faces)} records "
                 f"has a sketch and a caption. {_ADVICE}"
             )
-        self.faces, self.steps = faces.take(np.array(rows)), steps
+        self.faces, self.steps, self.hand = faces.take(np.array(rows)), steps, hand
         self.origins = {name: origins.count(name) for name in sorted(set(origins))}
 
     def __len__(self) -> int:
@@ -70,7 +71,7 @@ class SketchFaces:
           ValueError: the stored sketch cannot be decoded or is blank; names the record.
         """
         shares = np.arange(1, self.steps + 1) / self.steps
-        return sketch_at(self.faces.record(row), shares, self.faces.image_size)
+        return sketch_at(self.faces.record(row), shares, self.faces.image_size, self.hand)
 
     def all_steps(self) -> np.ndarray:
         """1..T for every sketch: int32 [N, T]."""
@@ -118,6 +119,7 @@ class PartialSketches:
         return {
             "pictures": self._sketches.faces.digest,
             "steps": self._sketches.steps,
+            "hand": self._sketches.hand,
             "chosen": hashlib.sha256(self._chosen.astype("<i4").tobytes()).hexdigest(),
         }
 
