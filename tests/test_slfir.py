@@ -85,7 +85,7 @@ def test_the_page(places, monkeypatch, capsys):
 def test_the_numbers_by_loops_from_the_saved_heads(places, backbone, out, report):
     """Photos, captions and each step of each sketch through the saved heads, one by one."""
     faces = FaceData(places[0] / "runs" / "demo" / "data", backbone.image_size).split("test")
-    sketches = SketchFaces(faces, SHORT.steps)
+    sketches = SketchFaces(faces, SHORT.steps, hand=SHORT.hand)
     model = load_model(out / "heads-other.npz", backbone)
     first = [faces.group_ids.index(group) for group in sorted(set(faces.group_ids))]
     second = [
