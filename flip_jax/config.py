@@ -95,8 +95,8 @@ class ModelConfig:
 class LossWeights:
     """The loss is the sum of these parts times their weights; one of weight 0 is not computed."""
 
-    # See `LossConfig.contrastive`. Without it there is no ITM, and what reads no text stays as it
-    # starts, but for weight decay.
+    # See `LossConfig.contrastive`. Without it there is no ITM, and parameters that no other part
+    # reads stay as they start, but for weight decay.
     contrastive: float = 1.0
     itm: float = 1.0  # image-text matching, with hard negatives of the contrastive loss
     # Masked image modelling (FaRL, arXiv 2112.03109): a second pass of the image tower, of which

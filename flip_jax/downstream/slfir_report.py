@@ -204,6 +204,9 @@ def _notes(settings: Settings, tested: Mapping[str, Tested], outcomes: _Outcomes
         "a sketch of the photo itself shares its pose and place on the sheet, which random "
         "encoders see, too; a sketch of another picture does not",
     ]
+    if "strokes" in sketches.origins:
+        how = f"copied by a hand that is off, hand={sketches.hand:g}" if sketches.hand else "exact"
+        notes.append(f"lines of drawn faces, which are those of the picture, are {how}")
     if sketches.left_out:
         notes.append(f"{sketches.left_out:,} test pictures without sketch or caption are left out")
     for subject, found in outcomes.items():
