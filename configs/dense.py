@@ -1,8 +1,8 @@
 """Masked image modelling alone, on drawn faces: a small image tower for parsing and alignment.
 
 Captions do not say where an eye is, hidden patches do: 64 patches of 8 px, half of them hidden,
-no text. About half an hour on two idle cores, with the drawing of 13,000 faces; what the frozen
-tower is then worth is in docs/dense.md and docs/alignment.md.
+no text. Under an hour on two cores, with the drawing of 13,000 faces; what the frozen tower is then
+worth is in docs/dense.md and docs/alignment.md.
 """
 
 from dataclasses import replace
