@@ -8,6 +8,7 @@ import pytest
 import tiny_downstream
 from test_docs import blocks
 
+from flip_jax.config import load
 from flip_jax.data.readers import READERS
 from flip_jax.data.records import load_manifest
 from flip_jax.downstream.__main__ import main, set_fields
@@ -49,6 +50,8 @@ def test_the_page_runs(folder, monkeypatch, capsys):
     for program, task, *given in commands():
         if program == "data":
             assert task == "read" and given[0] in READERS
+        elif program == "main":
+            assert task == "--config" and load(PAGE.parent.parent / given[0])
         elif "runs/demo" in given:
             assert main([task, *given, *FAST[task]]) == 0, capsys.readouterr().err
             ran.add(task)
