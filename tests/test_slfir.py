@@ -179,7 +179,7 @@ def test_one_picture_per_person(tmp_path, backbone):
     [
         ("--steps=0", "settings.steps=0: must be at least 1"),
         ("--rerank=-1", "settings.rerank=-1: must be at least 0"),
-        ("--hand=-1", "settings.hand=-1.0: must be at least 0"),
+        ("--hand=-1", "settings.hand=-1: must be at least 0"),
         ("--rates=fast", "settings.rates='fast': must be numbers above 0"),
         ("--subjects=photo,dog", "settings.subjects='photo,dog': must be photo or other"),
         ("--features=all", "settings.features=all: must be one of 'class', 'layers', 'grid'"),
