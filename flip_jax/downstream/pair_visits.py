@@ -7,8 +7,7 @@ that little of a call is padding; calls have one shape per length, so that few a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ _PAIRS_PER_IMAGE = 8  # pairs in one call of the fused text tower, per image of 
 _MULTIPLE = 4  # of tokens that texts are cut to
 _MOST_LENGTHS = 16
 _CALLS_PER_LENGTH = 64  # for fewer it does not pay to compile the tower once more
-_CALLS_PER_BLOCK = 4  # of each length: the last one of a block is half padding
+_CALLS_PER_BLOCK = 2  # of each length, or most of its rows would wait for longer texts
 
 
 def visit_pairs(
@@ -56,33 +55,31 @@ def visit_pairs(
     rows_per_call = size * _PAIRS_PER_IMAGE
     calls, blocks = len(pair_image) // rows_per_call, len(np.unique(pair_image // size))
     length = _cut_lengths(token_mask, pair_text, calls, blocks)
-    lengths = np.unique(length)
-    window = _window(pair_image, rows_per_call, len(lengths), size)
+    windows = _windows(pair_image, length, rows_per_call, size)
     host, hosts = partition.host_slice(mesh)
     slice_tokens = jax.jit(
-        partial(jax.lax.dynamic_slice_in_dim, slice_size=window),
-        out_shardings=NamedSharding(mesh, P()),
+        jax.lax.dynamic_slice_in_dim, static_argnums=2, out_shardings=NamedSharding(mesh, P())
     )
     for block, batch in enumerate(gallery.image_batches(size)):
         first, last = np.searchsorted(pair_image, [block * size, (block + 1) * size])
         if first == last:
             continue
         tokens = encode(partition.to_global({"image": batch["image"]}, mesh)["image"])
-        for cut in lengths:
-            rows = first + np.flatnonzero(length[first:last] == cut)
-            for chunk in _chunks(rows, pair_image, rows_per_call, window):
-                start = min(int(pair_image[chunk[0]]) - block * size, size - window)
-                padded = np.pad(chunk, (0, rows_per_call - len(chunk)), mode="edge")
-                own = np.split(padded, hosts)[host]
-                call = {
-                    "token_ids": token_ids[pair_text[own], :cut],
-                    "token_mask": token_mask[pair_text[own], :cut],
-                    "image_index": (pair_image[own] - block * size - start).astype(np.int32),
-                }
-                call = partition.to_global(call, mesh)
-                seen = tokens if window == size else slice_tokens(tokens, start)
-                values = match(call["token_ids"], call["token_mask"], seen, call["image_index"])
-                yield chunk, np.asarray(values)[: len(chunk)]
+        rows_of = {cut: first + np.flatnonzero(length[first:last] == cut) for cut in windows}
+        for cut, chunk in _calls(rows_of, pair_image, rows_per_call, windows):
+            window = windows[cut]
+            start = min(int(pair_image[chunk[0]]) - block * size, size - window)
+            padded = np.pad(chunk, (0, rows_per_call - len(chunk)), mode="edge")
+            own = np.split(padded, hosts)[host]
+            call = {
+                "token_ids": token_ids[pair_text[own], :cut],
+                "token_mask": token_mask[pair_text[own], :cut],
+                "image_index": (pair_image[own] - block * size - start).astype(np.int32),
+            }
+            call = partition.to_global(call, mesh)
+            seen = tokens if window == size else slice_tokens(tokens, start, window)
+            values = match(call["token_ids"], call["token_mask"], seen, call["image_index"])
+            yield chunk, np.asarray(values)[: len(chunk)]
 
 
 def _cut_lengths(
@@ -101,10 +98,38 @@ def _cut_lengths(
     return lengths[np.searchsorted(lengths, own)]
 
 
-def _window(pair_image: np.ndarray, rows_per_call: int, lengths: int, size: int) -> int:
-    """How many consecutive images a call looks at: a little more than its rows have on average."""
-    images = len(np.unique(pair_image))
-    return min(-(-5 * rows_per_call * lengths * images // (4 * len(pair_image))) + 1, size)
+def _windows(
+    pair_image: np.ndarray, length: np.ndarray, rows_per_call: int, size: int
+) -> dict[int, int]:
+    """How many consecutive images a call looks at, by what texts are cut to, ascending: a little
+    more than its rows have on average."""
+    images, (lengths, pairs) = len(np.unique(pair_image)), np.unique(length, return_counts=True)
+    each = -(-5 * rows_per_call * images // (4 * pairs)) + 1
+    return dict(zip(lengths.tolist(), np.minimum(each, size).tolist(), strict=True))
+
+
+def _calls(
+    rows_of: Mapping[int, np.ndarray],
+    pair_image: np.ndarray,
+    most: int,
+    windows: Mapping[int, int],
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The calls for the pairs of a block: to how many tokens their texts are cut, their rows.
+
+    Rows that do not fill a call wait for the next longer texts: a few tokens of padding cost less
+    than a call that is half empty.
+
+    Args:
+      rows_of: length, ascending -> rows whose texts are cut to it.
+    """
+    waiting, longest = np.arange(0), max(rows_of)
+    for cut, rows in rows_of.items():
+        chunks = list(_chunks(np.union1d(waiting, rows), pair_image, most, windows[cut]))
+        waiting = waiting[:0]
+        if chunks and len(chunks[-1]) < most and cut < longest:
+            waiting = chunks.pop()
+        for chunk in chunks:
+            yield cut, chunk
 
 
 def _chunks(
