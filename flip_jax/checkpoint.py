@@ -25,7 +25,6 @@ import math
 import shutil
 import tempfile
 import time
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,20 +41,27 @@ from flip_jax import distributed
 from flip_jax.config import CheckpointConfig
 from flip_jax.named_arrays import describe, mismatches, named_leaves, nested
 from flip_jax.same_run import check_same_run
+from flip_jax.step_folder import (
+    COMMIT_FILE,
+    FOLDER,
+    LAYOUT_VERSION,
+    META_FILE,
+    CheckpointError,
+    brief,
+    complete_steps,
+    damaged,
+    incomplete_steps,
+    json_crc32,
+    read_step_meta,
+    step_folder,
+    writable_folder,
+)
 
-LAYOUT_VERSION = 1  # of the items and names above; raise it with any change of them
-FOLDER = "checkpoints"
 BEST_METRIC = "mean_recall"
 # With several processes the clock of process 0 decides for all; asking it costs a broadcast.
 CLOCK_EVERY_STEPS = 20
 
-_COMMIT_FILE = "commit_success.txt"  # Orbax's names
-_META_FILE = Path("meta", "metadata")
 _log = logging.getLogger(__name__)
-
-
-class CheckpointError(OSError):
-    """A checkpoint could not be written, or what is stored is damaged."""
 
 
 class Checkpointer:
@@ -86,12 +92,12 @@ class Checkpointer:
             raise ValueError(f"checkpoint meta lacks {sorted(missing)}")
         self._cfg = cfg
         self._meta = json.loads(json.dumps(meta))  # as it will be read: tuples become lists
-        self._folder = _writable_folder(Path(workdir) / FOLDER)
+        self._folder = writable_folder(Path(workdir) / FOLDER)
         self._manager = ocp.CheckpointManager(self._folder, options=_options(cfg))
         self._own: set[int] = set()  # steps of this run: saved or restored by this object
         self._pending: int | None = None  # step whose files are still being written
         self._last_save = time.monotonic()
-        if leftovers := _incomplete_steps(self._folder):
+        if leftovers := incomplete_steps(self._folder):
             _log.warning("unfinished checkpoints in %s are left alone: %s", self._folder, leftovers)
 
     def __enter__(self) -> Checkpointer:
@@ -102,7 +108,7 @@ class Checkpointer:
 
     def latest_step(self) -> int | None:
         """Newest complete step on disk, or None; with several processes, as process 0 sees it."""
-        return distributed.gather(max(_complete_steps(self._folder), default=None))[0]
+        return distributed.gather(max(complete_steps(self._folder), default=None))[0]
 
     def due(self, step: int) -> bool:
         """Whether `every_steps` or `every_minutes` asks for a save; all processes get one answer.
@@ -178,8 +184,8 @@ class Checkpointer:
           CheckpointError: stored data is damaged; names the arrays and the older steps.
         """
         self._wait()
-        folder = _step_folder(self._folder, self.latest_step() if step is None else step)
-        meta = _read_step_meta(folder)
+        folder = step_folder(self._folder, self.latest_step() if step is None else step)
+        meta = read_step_meta(folder)
         check_same_run(meta, self._meta, folder)
         trees = {}
         for item, tree in _items(target_state).items():
@@ -214,19 +220,19 @@ class Checkpointer:
     def _fail(self, error: Exception) -> None:
         """Removes the unfinished folder of the pending step and raises CheckpointError."""
         step, self._pending = self._pending, None
-        if jax.process_index() == 0 and step in _incomplete_steps(self._folder):
+        if jax.process_index() == 0 and step in incomplete_steps(self._folder):
             _remove(self._folder / str(step))
         self._manager.reload()  # it listed the step as soon as the save began
         raise CheckpointError(
-            f"checkpoint of step {step} could not be written to {self._folder}: {_brief(error)}. "
-            f"Complete steps there: {_complete_steps(self._folder)}. Check free space, quota and "
+            f"checkpoint of step {step} could not be written to {self._folder}: {brief(error)}. "
+            f"Complete steps there: {complete_steps(self._folder)}. Check free space, quota and "
             "permissions, then start the run again: it resumes from the newest complete step"
         ) from error
 
     def _set_aside_newer(self, step: int) -> None:
         # After restore(step=older) the abandoned newer steps would count as the latest and push
         # the steps of this run out of `keep_last`.
-        newer = [s for s in _complete_steps(self._folder) if s >= step and s not in self._own]
+        newer = [s for s in complete_steps(self._folder) if s >= step and s not in self._own]
         if not newer:
             return
         multihost_utils.sync_global_devices("flip_jax set aside newer checkpoints")
@@ -258,8 +264,8 @@ def load_params(
       ValueError: `only` matches nothing, or names, shapes or dtypes differ from `target`.
       CheckpointError: stored data is damaged.
     """
-    folder = _step_folder(Path(path), None)
-    meta = _read_step_meta(folder)
+    folder = step_folder(Path(path), None)
+    meta = read_step_meta(folder)
     arrays = meta["arrays"]["params"]
     stored = {name: arrays[name] for name in fnmatch.filter(arrays, only or "*")}
     if not stored:
@@ -274,7 +280,7 @@ def load_params(
 
 def read_meta(path: Path | str, step: int | None = None) -> dict[str, Any]:
     """Reads a step's `meta`; `path` as for `load_params`, `step` None = the newest complete."""
-    return _read_step_meta(_step_folder(Path(path), step))
+    return read_step_meta(step_folder(Path(path), step))
 
 
 def _remove(folder: Path) -> None:
@@ -304,63 +310,6 @@ def _options(cfg: CheckpointConfig) -> ocp.CheckpointManagerOptions:
     )
 
 
-def _writable_folder(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write checkpoints to {folder}: {error.strerror or error}; choose another "
-            "workdir or change its permissions"
-        ) from error
-    return folder.resolve()
-
-
-def _step_numbers(folder: Path) -> list[int]:
-    names = [child.name for child in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
-
-
-def _complete_steps(folder: Path) -> list[int]:
-    return [step for step in _step_numbers(folder) if (folder / str(step) / _COMMIT_FILE).is_file()]
-
-
-def _incomplete_steps(folder: Path) -> list[int]:
-    return sorted(set(_step_numbers(folder)) - set(_complete_steps(folder)))
-
-
-def _step_folder(path: Path, step: int | None) -> Path:
-    path = path.resolve()  # Orbax takes absolute paths only
-    if step is None and (path / _COMMIT_FILE).is_file() and (path / _META_FILE).is_file():
-        return path
-    folder = path / FOLDER if (path / FOLDER).is_dir() else path
-    complete = _complete_steps(folder)
-    if not complete or (step is not None and step not in complete):
-        what = "complete checkpoint" if step is None else f"complete checkpoint of step {step}"
-        raise FileNotFoundError(
-            f"no {what} in {folder}; complete steps: {complete}, unfinished: "
-            f"{_incomplete_steps(folder)}. Give a workdir, its {FOLDER} folder or a step folder"
-        )
-    return folder / str(complete[-1] if step is None else step)
-
-
-def _read_step_meta(folder: Path) -> dict[str, Any]:
-    try:
-        meta = json.loads((folder / _META_FILE).read_text(encoding="utf-8"))
-        found = meta["layout_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder, f"meta cannot be read: {_brief(error)}") from error
-    if found != LAYOUT_VERSION:
-        raise ValueError(
-            f"{folder} has layout version {found!r}, this flip_jax reads {LAYOUT_VERSION}; use the "
-            f"flip_jax that wrote it ({meta.get('versions')})"
-        )
-    if _json_crc32(meta) != meta.get("meta_crc32"):
-        raise _damaged(folder, "meta does not have the checksum it was written with")
-    return meta
-
-
 def _step_meta(
     meta: Mapping[str, Any],
     step: int,
@@ -376,26 +325,7 @@ def _step_meta(
         "metrics": dict(metrics),
         "arrays": {name: describe(leaves) for name, leaves in items.items()},
     }
-    return meta | {"meta_crc32": _json_crc32(meta)}
-
-
-def _json_crc32(meta: Mapping[str, Any]) -> int:
-    rest = {key: value for key, value in meta.items() if key != "meta_crc32"}
-    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
-
-
-def _damaged(folder: Path, what: str) -> CheckpointError:
-    others = [step for step in _complete_steps(folder.parent) if str(step) != folder.name]
-    if others:
-        advice = f"other complete steps there: {others}; move {folder} away to use {others[-1]}"
-    else:
-        advice = "there is no other complete step"
-    return CheckpointError(f"checkpoint {folder} is damaged: {what}. Nothing restored; {advice}")
-
-
-def _brief(error: BaseException) -> str:
-    text = " ".join(str(error).split("[tensorstore_spec")[0].split())
-    return f"{type(error).__name__}: {text[:1000]}"
+    return meta | {"meta_crc32": json_crc32(meta)}
 
 
 def _items(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -431,11 +361,11 @@ def _read_arrays(
                 ),
             )
     except Exception as error:
-        raise _damaged(folder, f"{item} cannot be read: {_brief(error)}") from error
+        raise damaged(folder, f"{item} cannot be read: {brief(error)}") from error
     leaves = named_leaves(tree)
     found = describe(leaves)
     if wrong := [f"{item}/{name}" for name in wanted if found[name] != stored[name]]:
-        raise _damaged(folder, f"other content than was saved in {', '.join(wrong)}")
+        raise damaged(folder, f"other content than was saved in {', '.join(wrong)}")
     return {name: leaves[name] for name in wanted}
 
 
@@ -463,7 +393,7 @@ def save_weights(
     trees = {"params": params} | ({"momentum": momentum} if momentum else {})
     items = {name: named_leaves(tree) for name, tree in trees.items()}
     meta = _step_meta(json.loads(json.dumps(meta)), 0, items, {})
-    parent = _writable_folder(folder.parent)
+    parent = writable_folder(folder.parent)
     try:
         with tempfile.TemporaryDirectory(dir=parent) as unfinished:
             step = Path(unfinished, "0")
@@ -471,12 +401,12 @@ def save_weights(
             for name, leaves in items.items():
                 with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
                     writer.save(step / name, args=ocp.args.PyTreeSave(nested(leaves)))
-            (step / _META_FILE).parent.mkdir()
-            (step / _META_FILE).write_text(json.dumps(meta), encoding="utf-8")
-            (step / _COMMIT_FILE).touch()
+            (step / META_FILE).parent.mkdir()
+            (step / META_FILE).write_text(json.dumps(meta), encoding="utf-8")
+            (step / COMMIT_FILE).touch()
             step.rename(folder)
     except Exception as error:
-        raise CheckpointError(f"{folder} could not be written: {_brief(error)}") from error
+        raise CheckpointError(f"{folder} could not be written: {brief(error)}") from error
 
 
 def load_momentum(path: Path | str) -> dict[str, Any]:
@@ -485,8 +415,8 @@ def load_momentum(path: Path | str) -> dict[str, Any]:
     Returns:
       Nested dict with `twins` and `queue`, or what of them is stored; empty if neither is.
     """
-    folder = _step_folder(Path(path), None)
-    stored = _read_step_meta(folder)["arrays"].get("momentum", {})
+    folder = step_folder(Path(path), None)
+    stored = read_step_meta(folder)["arrays"].get("momentum", {})
     return nested(_read_arrays(folder, "momentum", stored, _as_stored(stored))) if stored else {}
 
 

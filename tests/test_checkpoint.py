@@ -19,7 +19,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from flip_jax import checkpoint
+from flip_jax import checkpoint, step_folder
 from flip_jax.checkpoint import Checkpointer, CheckpointError, load_params, read_meta
 from flip_jax.config import CheckpointConfig
 
@@ -397,7 +397,7 @@ def test_all_differing_leaves_are_listed(tmp_path):
 
 def test_another_layout_version_is_refused(tmp_path, monkeypatch):
     save_steps(tmp_path, [1])
-    monkeypatch.setattr(checkpoint, "LAYOUT_VERSION", 2)
+    monkeypatch.setattr(step_folder, "LAYOUT_VERSION", 2)
     with pytest.raises(ValueError, match=r"layout version 1, this flip_jax reads 2"):
         load_params(tmp_path)
 
@@ -454,7 +454,7 @@ def test_damage_names_step_item_leaf_and_what_is_left(tmp_path):
     meta = json.loads(path.read_text())
     meta["arrays"]["momentum"]["queue/image"]["digest"] = "00000000"
     del meta["meta_crc32"]
-    meta["meta_crc32"] = checkpoint._json_crc32(meta)
+    meta["meta_crc32"] = step_folder.json_crc32(meta)
     path.write_text(json.dumps(meta))
     with Checkpointer(tmp_path, MANUAL, META) as saver:
         with pytest.raises(CheckpointError) as caught:
