@@ -1,6 +1,6 @@
 """What each lever of the training step gives: the step without it, against the step with all.
 
-    python benchmarks/ablation.py [--batch 8] [--rounds 3] [--size half|base]
+    python benchmarks/ablation.py [--batch 4] [--rounds 2] [--size half|base]
 
 The whole recipe in float32, captions of the lengths that the grammar writes, no dropout and given
 negatives, so that the losses of all variants can be compared before they are timed in turns.
@@ -111,8 +111,8 @@ def variants(cfg: Config) -> dict[str, tuple[Config, Callable[[], Any], bool]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3, help="of each step, in turns")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=2, help="of each step, in turns")
     parser.add_argument("--size", choices=steps.CONFIGS, default="half")
     args = parser.parse_args()
     cfg = steps.CONFIGS[args.size](args.batch, dropout=0.0)
@@ -121,11 +121,12 @@ def main() -> None:
     padded["negatives"] = {"image": drawn, "text": drawn}
     cut = steps.cut(padded)
 
+    start = steps.Step(cfg).state
     calls, memory, losses = {}, {}, {}
     for name, (each, changed, whole) in variants(cfg).items():
         batch = padded if whole else cut
         with changed():
-            step = steps.Step(each)
+            step = steps.Step(each, start=start)
             memory[name] = step.memory(batch)["temp"]
             losses[name] = step(batch)
         calls[name] = lambda step=step, batch=batch: step(batch)

@@ -1,9 +1,10 @@
 """How time and memory of the training step grow: with batch, image, queue and devices.
 
-    python benchmarks/scaling.py [--png scaling.png] [--rounds 3]
+    python benchmarks/scaling.py [--png scaling.png] [--rounds 2] [--depth 4]
 
-The whole recipe in float32 with half the width of base in both towers, captions of 65 tokens. One
-point has batch 8, 224 px, a queue of 61,440 and one device; from there one axis at a time changes.
+The whole recipe in float32 with half the width of base and four layers in both towers, captions of
+65 tokens. One point has batch 8, 224 px, a queue of 61,440 and one device; from there one axis at a
+time changes.
 `devices` are simulated on this CPU and share the batch: what memory each needs means something, the
 time only that the work is the same. Chips that are not here are compiled for by `python -m
 flip_jax.compile` (docs/compile.md).
@@ -55,13 +56,14 @@ WHAT = {"time": "s per step", "temp": "MiB, temporary", "state": "MiB, state and
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--png", type=Path, default=None, help="draws the growth into this file")
-    parser.add_argument("--rounds", type=int, default=3, help="of each step, in turns")
+    parser.add_argument("--rounds", type=int, default=2, help="of each step, in turns")
+    parser.add_argument("--depth", type=int, default=4, help="layers of each tower; base has 12")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", max(AXES["devices"]))
     points = list(dict.fromkeys(Point(**{axis: n}) for axis in AXES for n in AXES[axis]))
     found = {}
     for point in points:
-        found[point] = measure(point, args.rounds)
+        found[point] = measure(point, args.rounds, args.depth)
         print(f"{point}: { ({name: round(n, 2) for name, n in found[point].items()}) }", flush=True)
     rows = []
     for axis, values in AXES.items():
@@ -77,16 +79,17 @@ def main() -> None:
     if args.png is not None:
         draw(rows, args.png)
     load = round(os.getloadavg()[0], 1)
-    print(json.dumps({"benchmark": "scaling", "rows": rows, "load": load}))
+    print(json.dumps({"benchmark": "scaling", "depth": args.depth, "rows": rows, "load": load}))
 
 
-def measure(point: Point, rounds: int) -> dict[str, float]:
+def measure(point: Point, rounds: int, depth: int) -> dict[str, float]:
     """What `WHAT` names. Points come one by one: their states together would fill the memory."""
     cfg = steps.half_config(point.batch)
-    vision = replace(cfg.model.vision, image_size=point.image)
+    vision = replace(cfg.model.vision, image_size=point.image, depth=depth)
+    text = replace(cfg.model.text, depth=depth)
     cfg = replace(
         cfg,
-        model=replace(cfg.model, vision=vision),
+        model=replace(cfg.model, vision=vision, text=text),
         loss=replace(cfg.loss, queue_size=point.queue),
     )
     step = steps.Step(cfg, point.devices)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flip_jax import partition
@@ -83,12 +84,18 @@ def cut(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 class Step:
-    """A training step for batches of one shape, compiled for the first; it changes its state."""
+    """A training step, compiled once for each shape of a batch; it changes its state.
 
-    def __init__(self, cfg: Config, devices: int = 1):
+    Args:
+      start: the state to begin with, which is copied; by default start values, whose program takes
+        seconds to compile.
+    """
+
+    def __init__(self, cfg: Config, devices: int = 1, start: Any = None):
         self.mesh = partition.make_mesh(MeshConfig(), jax.devices()[:devices])
         compiled = Compiled(cfg, self.mesh, steps_per_epoch=1000, steps=1000)
-        self.state, self._step, self._program = compiled.init(), compiled.step, None
+        self.state = compiled.init() if start is None else jax.tree.map(jnp.copy, start)
+        self._step, self._programs = compiled.step, {}
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, float]:
         """Returns the parts of the loss."""
@@ -97,9 +104,10 @@ class Step:
         return {name: float(metrics[name]) for name in metrics if name.startswith("loss_")}
 
     def _compiled(self, batch: dict[str, Any]) -> Any:
-        if self._program is None:
-            self._program = self._step.lower(self.state, batch).compile()
-        return self._program
+        shapes = tuple((name, np.shape(value)) for name, value in jax.tree.leaves_with_path(batch))
+        if shapes not in self._programs:
+            self._programs[shapes] = self._step.lower(self.state, batch).compile()
+        return self._programs[shapes]
 
     def text(self, batch: dict[str, Any]) -> str:
         """The compiled program (HLO)."""

@@ -110,6 +110,13 @@ def test_mim_alone_neither_reads_texts_nor_keeps_twins():
     assert all(jax.tree.leaves((moved["vit"]["blocks"], moved["mim"])))
 
 
+def test_mim_alone_on_a_mesh():
+    alone = replace(MIM, loss=replace(MIM.loss, weights=LossWeights(contrastive=0, itm=0, mim=1)))
+    one_device = run(1, 1, alone)
+    assert one_device[0][0]["loss"] == one_device[0][0]["loss_mim"]
+    assert_same_steps(run(8, 2, alone), one_device)
+
+
 @pytest.mark.slow
 def test_same_steps_on_a_mesh():
     meshed, alone = run(8, 2, MIM), run(1, 1, MIM)
