@@ -6,7 +6,7 @@ Two recipes, float32, captions of the lengths that the grammar writes:
 
 flip, batches of 8: the whole recipe. Momentum twins see all patches, and ITM reads three texts of a
     pair, so that masking touches a part of the work only.
-contrastive, batches of 32: the sigmoid loss alone, as in the papers on masking, whose work is the
+contrastive, batches of 24: the sigmoid loss alone, as in the papers on masking, whose work is the
     image tower. AdamW, which masking does not touch, would be much of a step of few pairs.
 
 Each with all 196 patches, half and a quarter of them. `half` has half the width in both towers and
@@ -37,7 +37,7 @@ def contrastive(cfg: Config) -> Config:
     return replace(cfg, loss=loss, model=replace(cfg.model, logit_bias=-10.0))
 
 
-RECIPES = {"flip": (lambda cfg: cfg, 8), "contrastive": (contrastive, 32)}  # what, batch
+RECIPES = {"flip": (lambda cfg: cfg, 8), "contrastive": (contrastive, 24)}  # what, batch
 
 
 def masked(cfg: Config, keep: int) -> Config:

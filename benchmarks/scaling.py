@@ -1,8 +1,8 @@
 """How time and memory of the training step grow: with batch, image, queue and devices.
 
-    python benchmarks/scaling.py [--png scaling.png] [--rounds 2] [--depth 4]
+    python benchmarks/scaling.py [--png scaling.png] [--rounds 2] [--depth 2]
 
-The whole recipe in float32 with half the width of base and four layers in both towers, captions of
+The whole recipe in float32 with half the width of base and two layers in both towers, captions of
 65 tokens. One point has batch 8, 224 px, a queue of 61,440 and one device; from there one axis at a
 time changes.
 `devices` are simulated on this CPU and share the batch: what memory each needs means something, the
@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--png", type=Path, default=None, help="draws the growth into this file")
     parser.add_argument("--rounds", type=int, default=2, help="of each step, in turns")
-    parser.add_argument("--depth", type=int, default=4, help="layers of each tower; base has 12")
+    parser.add_argument("--depth", type=int, default=2, help="layers of each tower; base has 12")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", max(AXES["devices"]))
     points = list(dict.fromkeys(Point(**{axis: n}) for axis in AXES for n in AXES[axis]))

@@ -70,12 +70,17 @@ def make_texts(lengths: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
     return {"token_ids": np.where(mask, ids, 0), "token_mask": mask}
 
 
-def grammar_lengths(batch: int, seed: int = 0) -> np.ndarray:
-    """Tokens of captions that the grammar writes about drawn people, at most 65."""
+def grammar_lengths(batch: int, seed: int = 0, each: int = 1) -> np.ndarray:
+    """Tokens of captions that the grammar writes about drawn people, at most 65.
+
+    Args:
+      each: captions of a person; drawing people takes the longest.
+    """
     tokenizer = Tokenizer.load("grammar", 65)
-    faces = (draw_face(seed, identity, picture=0, size=64) for identity in range(batch))
-    texts = [captions(face.attributes, seed, count=1)[0] for face in faces]
-    return tokenizer(texts)[1].sum(axis=1)
+    people = range(-(-batch // each))
+    faces = (draw_face(seed, identity, picture=0, size=64) for identity in people)
+    texts = [text for face in faces for text in captions(face.attributes, seed, count=each)]
+    return tokenizer(texts[:batch])[1].sum(axis=1)
 
 
 def cut(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
