@@ -31,7 +31,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import steps, torch_peer
 from benchmarks.steps import ALPHA
+from flip_jax.config import Config
 from flip_jax.convert import torch_flip
+
+DROPOUT = 0.1
+
+
+def our_config(batch: int, dropout: float) -> Config:
+    """With the faster `remat` here, see `ablation.py`: less is written to memory and read again."""
+    cfg = steps.our_config(batch, dropout)
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, remat="dots"))
 
 
 def torch_batch(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
@@ -51,18 +60,21 @@ def torch_texts(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
 class Sides:
     """Both implementations, with the same weights, ready to step."""
 
-    def __init__(self, batch: int, dropout: float):
-        cfg = steps.our_config(batch, dropout)
-        # Here the faster one, see `ablation.py`: less is written to memory and read again.
-        cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, remat="dots"))
+    def __init__(self, batch: int):
+        cfg = our_config(batch, DROPOUT)
         self.ours = steps.Step(cfg)
         state = self.ours.state
-        self.peer = torch_peer.TorchFlip(torch_peer.PeerConfig(dropout=dropout))
+        self.peer = torch_peer.TorchFlip(torch_peer.PeerConfig(dropout=DROPOUT))
         official = torch_flip.params_to_official(state["params"], cfg.model)
         official |= torch_flip.params_to_official(state["momentum"], cfg.model, twin=True)
         official |= torch_flip.queue_to_official(state["queue"])
         self.peer.load_official({n: torch.from_numpy(np.array(v)) for n, v in official.items()})
         self.optimizer = torch_peer.make_optimizer(self.peer, lr=cfg.optim.lr)
+
+    def peer_dropout(self, rate: float) -> None:
+        for module in self.peer.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = rate
 
     def theirs(self, batch: dict[str, torch.Tensor], negatives=None) -> dict[str, float]:
         extra = {} if negatives is None else {"negatives": negatives}
@@ -74,19 +86,25 @@ def padded_batch(kind: str, size: int) -> dict[str, np.ndarray]:
     return steps.make_batch(lengths)
 
 
-def assert_same_losses(batches: Mapping[str, dict[str, np.ndarray]], size: int) -> None:
-    """One step of each side on each kind of batch, without dropout, with the same negatives."""
-    sides = Sides(size, dropout=0.0)
+def assert_same_losses(sides: Sides, batches: Mapping[str, dict[str, np.ndarray]]) -> None:
+    """One step of each side on each kind of batch, without dropout, with the same negatives.
+
+    The peer keeps the weights of these steps, ours are steps of a copy.
+    """
+    size = len(next(iter(batches.values()))["group"])
+    plain = steps.Step(our_config(size, dropout=0.0), start=sides.ours.state)
+    sides.peer_dropout(0.0)
     drawn = (np.arange(size) + 1) % size
     given = torch.from_numpy(drawn)
     for kind, padded in batches.items():
         cut = steps.cut(padded) | {"negatives": {"image": drawn, "text": drawn}}
-        ours = sides.ours(cut)
+        ours = plain(cut)
         theirs = sides.theirs(torch_batch(padded), negatives=(given, given))
         for name, value in ours.items():
             if abs(value - theirs[name]) > 1e-4:
                 raise AssertionError(f"{kind}, {name}: {value} here, {theirs[name]} in PyTorch")
         print(f"{kind:8} same losses: {ours}", flush=True)
+    sides.peer_dropout(DROPOUT)
 
 
 def compare(sides: Sides, kind: str, padded: dict[str, Any], rounds: int) -> dict[str, Any]:
@@ -122,8 +140,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="timed steps of each side, in turns")
     args = parser.parse_args()
     batches = {kind: padded_batch(kind, args.batch) for kind in args.captions}
-    assert_same_losses(batches, args.batch)
-    sides = Sides(args.batch, dropout=0.1)
+    sides = Sides(args.batch)
+    assert_same_losses(sides, batches)
     rows = [compare(sides, kind, batch, args.steps) for kind, batch in batches.items()]
     result = {
         "benchmark": "train_step",
