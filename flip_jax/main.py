@@ -64,8 +64,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         cfg, workdir, job = parse(sys.argv[1:] if argv is None else argv)
         # After the command line is known to be good: importing JAX takes seconds.
-        from flip_jax import distributed, train
+        from flip_jax import compile_cache, distributed, train
 
+        if job != "print_sharding":
+            compile_cache.keep_compiled(workdir)
         with distributed.session():
             if not distributed.is_main():
                 logging.getLogger().setLevel(logging.ERROR)
