@@ -1,4 +1,4 @@
-"""Every setting of a run: frozen dataclasses with all defaults, and their checks.
+"""Every setting of a run: frozen dataclasses with all defaults; their checks: `config_checks.py`.
 
 The defaults are the reference recipe (`configs/base.py`); a file under `configs/` changes a few
 fields with `dataclasses.replace`, the command line changes more with `--config.optim.lr=1e-4`.
@@ -8,12 +8,12 @@ pairs over all devices.
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from flip_jax import settings
+from flip_jax.config_checks import validate as validate
 
 # What works on any dataclass of settings is found here, too.
 from flip_jax.settings import check_types as check_types
@@ -280,191 +280,6 @@ class Config:
     unmasked_epochs: float = 0.0
     seed: int = 42
     log_every_steps: int = 50
-
-
-def validate(cfg: Config) -> Config:
-    """Check what can be checked without data or devices.
-
-    Raises:
-      ValueError: naming the field, its value, what is allowed and what to change.
-    """
-    check_types(cfg, "config")
-    _validate_model(cfg.model)
-    _validate_training(cfg)
-    return cfg
-
-
-def _require(ok: bool, name: str, value: Any, allowed: str) -> None:
-    if not ok:
-        raise ValueError(f"config.{name}={value!r}: {allowed}")
-
-
-def _at_least(cfg: Config, least: int, *names: str) -> None:
-    for name in names:
-        value = operator.attrgetter(name)(cfg)
-        _require(value is None or value >= least, name, value, f"must be at least {least}")
-
-
-def _validate_model(model: ModelConfig) -> None:
-    vision, text = model.vision, model.text
-    for name, tower in (("vision", vision), ("text", text)):
-        for field_name in ("width", "depth", "heads", "mlp_width"):
-            value = getattr(tower, field_name)
-            _require(value >= 1, f"model.{name}.{field_name}", value, "must be at least 1")
-    patch = vision.patch_size
-    _require(patch >= 1, "model.vision.patch_size", patch, "must be at least 1")
-    _require(
-        vision.image_size % vision.patch_size == 0,
-        "model.vision.image_size",
-        vision.image_size,
-        f"must be a multiple of model.vision.patch_size={vision.patch_size}",
-    )
-    keep = vision.keep_patches
-    _require(
-        keep is None or 0 < keep <= vision.patches,
-        "model.vision.keep_patches",
-        keep,
-        f"must be None or 1..{vision.patches}, the number of patches",
-    )
-    for name, tower in (("vision", vision), ("text", text)):
-        _require(
-            tower.width % tower.heads == 0,
-            f"model.{name}.heads",
-            tower.heads,
-            f"must divide model.{name}.width={tower.width}",
-        )
-    _require(
-        3 <= text.max_length <= text.positions,
-        "model.text.max_length",
-        text.max_length,
-        f"must be 3..{text.positions}, the number of text positions",
-    )
-    _require(0 <= text.dropout < 1, "model.text.dropout", text.dropout, "must be in [0, 1)")
-
-
-def _validate_training(cfg: Config) -> None:
-    loss, batch = cfg.loss, cfg.data.batch_size
-    _at_least(cfg, 1, "loss.local_batch", "eval.batch_size", "eval.captions", "mesh.fsdp")
-    _at_least(cfg, 1, "log_every_steps", "checkpoint.every_steps", "checkpoint.keep_last")
-    _at_least(cfg, 1, "checkpoint.keep_every_steps", "model.embed_dim", "data.prefetch")
-    _at_least(cfg, 1, "optim.accum_steps")
-    _at_least(cfg, 0, "loss.alpha_ramp_epochs", "optim.warmup_steps", "optim.weight_decay")
-    _at_least(cfg, 0, "eval.every_epochs", "eval.rerank", "data.threads", "data.workers")
-    _at_least(cfg, 0, "data.randaugment_ops", "data.max_bad_fraction", "checkpoint.keep_best")
-    _require(cfg.data.path != "", "data.path", "", "must be a folder of records, or None")
-    address = "://" in (cfg.data.path or "")
-    _require(not address, "data.path", cfg.data.path, "must be a folder; see docs/scale.md")
-    _require(batch >= 2, "data.batch_size", batch, "must be at least 2: ITM needs a negative")
-    needed = loss.contrastive == "sigmoid"
-    _require(
-        (cfg.model.logit_bias is not None) == needed,
-        "model.logit_bias",
-        cfg.model.logit_bias,
-        f"must be {'a number' if needed else 'None'} with loss.contrastive={loss.contrastive}",
-    )
-    if loss.has_twins:
-        _validate_candidates(loss, batch)
-    _validate_weights(cfg)
-    head, needed = cfg.model.caption_head, loss.weights.caption > 0
-    allowed = f"must be {needed} with loss.weights.caption={loss.weights.caption}"
-    _require(head == needed, "model.caption_head", head, allowed)
-    smoothing = loss.caption_smoothing
-    _require(0 <= smoothing < 1, "loss.caption_smoothing", smoothing, "must be in [0, 1)")
-    _validate_mim(cfg)
-    _require(
-        0 < loss.temperature_min <= loss.temperature <= loss.temperature_max,
-        "loss.temperature",
-        loss.temperature,
-        f"must be in [temperature_min, temperature_max] = "
-        f"[{loss.temperature_min}, {loss.temperature_max}], above 0",
-    )
-    for name in ("loss.momentum", "loss.alpha", "data.sketch_share"):
-        value = operator.attrgetter(name)(cfg)
-        _require(0 <= value <= 1, name, value, "must be in [0, 1]")
-    _require(
-        batch % cfg.optim.accum_steps == 0,
-        "optim.accum_steps",
-        cfg.optim.accum_steps,
-        f"must divide data.batch_size={batch}",
-    )
-    buckets, most = cfg.data.text_buckets, cfg.model.text.max_length
-    _require(
-        all(a < b for a, b in zip((2, *buckets), (*buckets, most), strict=True)),
-        "data.text_buckets",
-        buckets,
-        f"must ascend, from 3 to less than model.text.max_length={most}",
-    )
-    steps = cfg.profile.steps
-    _require(
-        steps is None or 1 <= steps[0] <= steps[1],
-        "profile.steps",
-        steps,
-        "must be None or first,last with 1 <= first <= last",
-    )
-    _require(cfg.optim.lr > 0, "optim.lr", cfg.optim.lr, "must be above 0")
-    _require(cfg.epochs > 0, "epochs", cfg.epochs, "must be above 0")
-    most = cfg.epochs if cfg.model.vision.keep_patches is not None else 0
-    _require(
-        0 <= cfg.unmasked_epochs <= most,
-        "unmasked_epochs",
-        cfg.unmasked_epochs,
-        "must be 0 up to epochs; above 0 only with model.vision.keep_patches",
-    )
-
-
-def _validate_weights(cfg: Config) -> None:
-    weights, parts = cfg.loss.weights, vars(cfg.loss.weights)
-    _at_least(cfg, 0, "model.mim_depth", *(f"loss.weights.{name}" for name in parts))
-    _require(any(parts.values()), "loss.weights", weights, "at least one must be above 0")
-    _require(
-        weights.contrastive > 0 or not weights.itm,
-        "loss.weights.itm",
-        weights.itm,
-        "must be 0 with loss.weights.contrastive=0: ITM's negatives are what that loss mixes up",
-    )
-
-
-def _validate_mim(cfg: Config) -> None:
-    model, loss, patches = cfg.model, cfg.loss, cfg.model.vision.patches
-    depth, weight = model.mim_depth, loss.weights.mim
-    allowed = f"must be {'1 or more' if weight else '0'} with loss.weights.mim={weight}"
-    _require((depth > 0) == (weight > 0), "model.mim_depth", depth, allowed)
-    allowed = f"must hide 1 to all but 1 of the {patches} patches"
-    hidden = 1 <= loss.mim_share * patches <= patches - 1
-    _require(hidden, "loss.mim_share", loss.mim_share, allowed)
-    tokens, path, vocab = loss.mim_target == "tokens", loss.mim_tokenizer, model.mim_vocab
-    allowed = "the folder of a visual tokenizer" if tokens else "None"
-    allowed = f"must be {allowed} with loss.mim_target={loss.mim_target}"
-    _require(bool(path) == tokens, "loss.mim_tokenizer", path, allowed)
-    allowed = "the number of codes of loss.mim_tokenizer" if tokens else "0"
-    allowed = f"must be {allowed} with loss.mim_target={loss.mim_target}"
-    _require(vocab >= 2 if tokens else vocab == 0, "model.mim_vocab", vocab, allowed)
-    hard = loss.mim_masking == "hard"
-    allowed = f"must be {hard} with loss.mim_masking={loss.mim_masking}"
-    _require(model.mim_loss_head == hard, "model.mim_loss_head", model.mim_loss_head, allowed)
-    _require(
-        not hard or loss.has_twins,
-        "loss.mim_masking",
-        "hard",
-        "needs momentum twins, so loss.contrastive=itc and loss.weights.contrastive above 0",
-    )
-
-
-def _validate_candidates(loss: LossConfig, batch: int) -> None:
-    if loss.candidates == "local":
-        _require(
-            batch % loss.local_batch == 0,
-            "loss.local_batch",
-            loss.local_batch,
-            f"must divide data.batch_size={batch}; or set loss.candidates=global",
-        )
-    nearest = max(round(loss.queue_size / batch), 1) * batch
-    _require(
-        loss.queue_size >= batch and loss.queue_size % batch == 0,
-        "loss.queue_size",
-        loss.queue_size,
-        f"must be a multiple of data.batch_size={batch}, for example {nearest}",
-    )
 
 
 def load(path: str | Path, kind: type = Config) -> Any:
