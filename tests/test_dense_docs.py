@@ -19,13 +19,12 @@ pytestmark = pytest.mark.release
 
 
 PAGE = Path(__file__).parent.parent / "docs" / "dense.md"
-FAST = {
-    "parsing": [
-        *("--channels=4", "--size=32", "--epochs=1", "--resamples=10"),
-        # Not divided among devices: compiles faster.
-        *("--batch_size=11", "--random-backbone=False"),
-    ],
-}
+QUICK = [
+    *("--channels=4", "--size=32", "--epochs=1", "--resamples=10"),
+    # Not divided among devices: compiles faster.
+    *("--batch_size=11", "--random-backbone=False"),
+]
+FAST = {"parsing": QUICK, "multitask": QUICK}
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +65,8 @@ def test_the_page_runs(folder, monkeypatch, capsys):
     assert load_manifest("data/masks").splits["train"].records == 14
     for name in ("overlays.png", "worst.png", "parser.npz"):
         assert (folder / "runs" / "downstream" / "parsing" / name).is_file()
+    for name in ("overlays.png", "reader.npz"):
+        assert (folder / "runs" / "downstream" / "multitask" / name).is_file()
 
 
 def test_fields_exist():

@@ -20,8 +20,8 @@ from flip_jax.downstream.parsing import (
     OVERLAYS,
     RECIPES,
     Settings,
-    _classes,
     _faces,
+    class_names,
     load_parser,
 )
 from flip_jax.downstream.parsing_figure import class_colours, overlay
@@ -251,10 +251,10 @@ def test_data_without_masks_or_points(backbone, data, tmp_path):
 def test_names_of_the_classes(backbone, data, tmp_path):
     """From the manifest; without names, numbers; a number beyond the names is an error."""
     faces = data.split("train")
-    assert _classes(data, faces) == PARSING_CLASSES
+    assert class_names(data, faces) == PARSING_CLASSES
     unnamed = write_like(data, tmp_path / "unnamed", lambda _, r: r, classes=())
     masks = [read_picture(faces, row).mask for row in range(12)]
-    found = _classes(unnamed, unnamed.split("train"))
+    found = class_names(unnamed, unnamed.split("train"))
     assert found[:2] == ("background", "class 1") and len(found) == 1 + np.max(masks)
     few = write_like(data, tmp_path / "few", lambda _, r: r, classes=("background", "face"))
     with pytest.raises(ValueError, match=r"record .*build the data set again with all names"):

@@ -16,7 +16,7 @@ from flip_jax.downstream.tasks import TASKS
 
 QUICK = """
 from flip_jax.downstream import (
-    alignment, attributes, parsing, retrieval_task, slfir, suite, zero_shot
+    alignment, attributes, multitask, parsing, retrieval_task, slfir, suite, zero_shot
 )
 
 def get_config():
@@ -27,6 +27,7 @@ def get_config():
         zero_shot=zero_shot.Settings(resamples=20),
         parsing=parsing.Settings(size=32, channels=4, epochs=1, batch_size=11, resamples=20),
         alignment=alignment.Settings(size=32, channels=4, epochs=1, batch_size=11, resamples=20),
+        multitask=multitask.Settings(size=32, channels=4, epochs=1, batch_size=11, resamples=20),
     )
 """
 SLFIR = 'steps=4, train_steps=2, subjects="photo", epochs=1, negatives=1, rerank=2, resamples=20'
@@ -168,7 +169,7 @@ def test_data_that_allows_less(place):
     page = json.loads((place / "less" / "comparison.json").read_text())
     assert list(page["results"]) == ["attributes", "zero_shot"]
     left_out = page["checkpoints"]["a"]["left_out"]
-    assert list(left_out) == ["retrieval", "slfir", "parsing", "alignment"]
+    assert list(left_out) == ["retrieval", "slfir", "parsing", "alignment", "multitask"]
     assert "has a caption" in left_out["retrieval"]
     for name in ("comparison.md", "comparison.html"):
         assert "retrieval is left out: " in (place / "less" / name).read_text()

@@ -54,8 +54,8 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    tasks = ("retrieval", "attributes", "slfir", "zero_shot", "parsing", "alignment", "suite")
-    add("task", choices=tasks)
+    tasks = ("retrieval", "attributes", "slfir", "zero_shot", "parsing", "alignment", "multitask")
+    add("task", choices=(*tasks, "suite"))
     add(
         "--checkpoint",
         action="append",

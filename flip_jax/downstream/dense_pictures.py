@@ -30,6 +30,7 @@ class DensePicture:
       landmarks: float32 [P, 2], or None.
       box: float32 [4], or None.
       visible: int8 [P], of the landmarks, or None.
+      attributes: int8 [40], 1 present, 0 absent, -1 unknown; None of a picture without record.
       name: of the record, for messages.
     """
 
@@ -38,6 +39,7 @@ class DensePicture:
     landmarks: np.ndarray | None
     box: np.ndarray | None
     visible: np.ndarray | None = None
+    attributes: np.ndarray | None = None
     name: str = "picture"
 
     @property
@@ -65,8 +67,8 @@ def read_picture(faces: Faces, row: int) -> DensePicture:
                 f"{where}: a mask of {list(mask.shape)} pixels for a picture of "
                 f"{list(image.shape[:2])}"
             )
-    marks = record.landmarks, record.box
-    return DensePicture(image, mask, *marks, name=where, visible=record.visible)
+    marks = record.landmarks, record.box, record.visible
+    return DensePicture(image, mask, *marks, record.attributes, name=where)
 
 
 def read_pixels(image: np.ndarray | bytes, row: int) -> np.ndarray:

@@ -58,7 +58,7 @@ def run(settings: Settings, backbone: Backbone, data: FaceData, out: Path) -> Ta
     percents = settings.percents()
     sizes = {p: max(round(len(faces.train) * p / 100), 1) for p in percents}
     some = faces.train.take(range(min(len(faces.train), _PRIOR_PICTURES)))
-    frame = Frame(_classes(data, some), settings.size, settings.align, settings.warp)
+    frame = Frame(class_names(data, some), settings.size, settings.align, settings.warp)
     columns = read_columns(settings.by, faces.test)
     backbones = {"trained": backbone}
     if settings.random_backbone:
@@ -106,8 +106,8 @@ def _faces(settings: Settings, data: FaceData) -> _Data:
     return _Data(train.take(order), val, test)
 
 
-def _classes(data: FaceData, faces: Faces) -> tuple[str, ...]:
-    """Names from the manifest; numbers where it has none."""
+def class_names(data: FaceData, faces: Faces) -> tuple[str, ...]:
+    """Names from the manifest; where it has none, numbers, as `faces` have them."""
     if data.manifest.mask_classes:
         return tuple(data.manifest.mask_classes)
     most = max(int(read_picture(faces, row).mask.max()) for row in range(len(faces)))

@@ -24,6 +24,7 @@ from flip_jax.data.records import MANIFEST, file_sha256
 from flip_jax.downstream import (
     alignment,
     attributes,
+    multitask,
     parsing,
     retrieval_task,
     slfir,
@@ -55,6 +56,7 @@ class Settings:
     zero_shot: zero_shot.Settings = field(default_factory=zero_shot.Settings)
     parsing: parsing.Settings = field(default_factory=parsing.Settings)
     alignment: alignment.Settings = field(default_factory=alignment.Settings)
+    multitask: multitask.Settings = field(default_factory=multitask.Settings)
 
 
 class Arguments(Options, Protocol):

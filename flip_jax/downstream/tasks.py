@@ -28,6 +28,7 @@ TASKS = {
     "zero_shot": "flip_jax.downstream.zero_shot",
     "parsing": "flip_jax.downstream.parsing",
     "alignment": "flip_jax.downstream.alignment",
+    "multitask": "flip_jax.downstream.multitask",
 }
 
 

@@ -232,6 +232,26 @@ class HeatmapHead(SegmentationHead):
         return resize_map(super().__call__(x, key), self.side, self.side)
 
 
+class MultitaskHead(SegmentationHead):
+    """Classes, heatmaps and attributes in one map: logits [B, H, W, K + P + A].
+
+    The logit of an attribute is the mean over its map, which is a linear layer on the mean of the
+    features.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        parts: tuple[int, int, int],
+        rngs: nnx.Rngs,
+        dropout: float = 0.1,
+        bias: float = 0.0,
+    ):
+        """Args: parts: K, P, A; bias: what logits of heatmaps start near, see `HeatmapHead`."""
+        super().__init__(channels, sum(parts), rngs, dropout)
+        self.bias = nnx.Param(jnp.repeat(jnp.array([0.0, bias, 0.0]), np.array(parts)))
+
+
 class DenseHead(nnx.Module):
     """Neck, decoder and output. Its three parts may have learning rates of their own."""
 
@@ -244,7 +264,7 @@ class DenseHead(nnx.Module):
     ):
         """Args:
         width: D; channels: C.
-        output: (channels, rngs) -> `SegmentationHead`, `HeatmapHead` or the like.
+        output: (channels, rngs) -> `SegmentationHead`, `HeatmapHead`, `MultitaskHead`.
         """
         self.neck = DenseNeck(width, rngs)
         self.decoder = UPerHead(width, channels, rngs)
