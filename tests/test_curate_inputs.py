@@ -313,6 +313,32 @@ def test_a_folder_of_pictures(read, tmp_path):
     assert _problems(tally) == [("z.png", "bad json")]
 
 
+def test_labels_beside_pictures(read, tmp_path):
+    """Coded as in tables, file by file: -1 is absent where no label is 0, else unknown."""
+    root = tmp_path / "faces"
+    root.mkdir()
+    for name, text in {
+        "a": '{"Male": 1, "Smiling": -1}',
+        "b": '{"Male": 0, "Smiling": -1, "Young": true}',
+        "c": '{"Male": 0.25, "Young": null}',
+        "d": '{"Male": "yes"}',
+        "e": '{"Male": [1]}',
+        "f": '{"caption": "a face"}',
+    }.items():
+        (root / f"{name}.png").write_bytes(_png())
+        (root / f"{name}.json").write_text(text)
+    samples, tally, _ = read(kind="folder", paths=f"'{root}'", text_column="caption")
+    male, smiling, young = (ATTRIBUTE_INDEX[name] for name in ("Male", "Smiling", "Young"))
+    a, b, c, f = samples
+    assert [one.id for one in samples] == ["a.png", "b.png", "c.png", "f.png"]
+    assert (a.attributes[male], a.attributes[smiling], a.attributes[young]) == (1, 0, -1)
+    assert (b.attributes[male], b.attributes[smiling], b.attributes[young]) == (0, -1, 1)
+    assert c.attributes is None and c.probabilities[male] == 0.25
+    assert np.isnan(c.probabilities[young])
+    assert f.attributes is None and f.probabilities is None
+    assert _problems(tally) == [("d.png", "bad label"), ("e.png", "bad label")]
+
+
 def test_huge_and_broken_pictures_are_not_decoded():
     size = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
     bomb = _png()[:12] + size + struct.pack(">I", zlib.crc32(size)) + _png()[33:]

@@ -11,11 +11,11 @@ import pytest
 pytest.importorskip("apache_beam", reason="curation needs the extra `curate`")
 
 from benchmarks.quality import plain_brisque
-from flip_jax.curate.quality import balance, numbers
+from flip_jax.curate.quality import balance, figures, numbers
 from flip_jax.curate.quality.brisque import MAX_SIDE, MIN_SIDE, brisque
 from flip_jax.curate.quality.clip_iqa import PROMPTS, ClipIqa
 from flip_jax.curate.quality.distinct import Distinct, key_of
-from flip_jax.curate.quality.facts import KINDS
+from flip_jax.curate.quality.facts import KINDS, SIDE_EDGES
 from flip_jax.curate.quality.history import STAGES, place_of
 from flip_jax.curate.quality.words import WordCounts
 from flip_jax.data.attributes import ATTRIBUTES
@@ -280,3 +280,21 @@ def test_a_clip_that_is_not_whole(clip_folder, tmp_path):
 def test_keys_are_not_those_of_a_split():
     assert key_of(b"a") != key_of(b"b")
     assert key_of(b"a") < 2**64
+
+
+def test_a_figure_of_tiny_pictures():
+    """Sides below the least bin, 8 px: no bar, and no error."""
+    counts = np.zeros(20, np.int64)
+    counts[1] = 3
+    side = numbers.of_counts(counts)
+    found = {
+        "width": side,
+        "height": side,
+        "shorter_side": side,
+        "shorter_side_histogram": {
+            "edges": SIDE_EDGES.tolist(),
+            "counts": numbers.binned(counts, SIDE_EDGES).tolist(),
+        },
+    }
+    assert not any(found["shorter_side_histogram"]["counts"])
+    assert len(figures._resolution({"pictures": found}).axes) == 2

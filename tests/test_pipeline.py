@@ -299,6 +299,12 @@ def test_pipeline_starts_no_backend_of_jax(source):
     assert done.returncode and "nowhere" in done.stderr  # a backend could not have started
 
 
+def test_a_row_for_each_host(make):
+    whole = make(batch_size=2).batch_at(5)
+    parts = [make(batch_size=2, host_index=h, host_count=2).batch_at(5) for h in range(2)]
+    assert np.array_equal(whole["index"], np.concatenate([part["index"] for part in parts]))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

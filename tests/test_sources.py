@@ -40,8 +40,8 @@ def save(folder: Path, name: str, image: Image.Image | bytes, **options) -> str:
     return name
 
 
-def table(folder: Path, columns: dict, suffix: str = ".parquet") -> Path:
-    path = folder / f"table{suffix}"
+def table(folder: Path, columns: dict, suffix: str = ".parquet", name: str = "table") -> Path:
+    path = folder / f"{name}{suffix}"
     data = pa.table(columns)
     if suffix == ".parquet":
         pq.write_table(data, path)
@@ -90,6 +90,40 @@ def test_build_from_every_kind_of_table(tmp_path, faces, suffix):
     texts = {text for record in found for text in record.captions}
     assert any("smil" in text for text in texts) and len(texts) > 20
     assert load_manifest(out).groups_in_several_splits > 0
+
+
+def test_people_are_the_same_however_their_numbers_are_stored(tmp_path):
+    """pandas makes a column with a gap float; a NaN that is no null is a gap, too."""
+    folder = tmp_path / "images"
+    files = [save(folder, f"{n}.jpg", Image.fromarray(picture(n, 20, 20))) for n in range(5)]
+    one = table(tmp_path, {"file": files[:2], "person": [5, 6]}, name="one")
+    two = table(tmp_path, {"file": files[2:], "person": [5.0, float("nan"), None]}, name="two")
+    pairs = [(one, folder), (two, folder)]
+    build(pairs, tmp_path / "out", BuildConfig(group_column="person"))
+    found = [record.group_id for record in RecordSource(tmp_path / "out", "train")]
+    assert found == ["5", "6", "5", "3.jpg", "4.jpg"]
+
+
+def test_text_of_a_csv_stays_as_it_is(tmp_path):
+    """Leading zeros, and lines within a quoted caption in a file of several blocks."""
+    folder = tmp_path / "images"
+    files = [save(folder, f"{n}.jpg", Image.fromarray(picture(n, 20, 20))) for n in range(2)]
+    long = "a man\nwho smiles " + "x" * 2_000_000
+    path = tmp_path / "faces.csv"
+    lines = ["file,person,text", f'{files[0]},007,"{long}"', f'{files[1]},7,"one\ntwo"']
+    path.write_text("\n".join(lines) + "\n")
+    cfg = BuildConfig(group_column="person", caption_column="text")
+    build([(path, folder)], tmp_path / "out", cfg)
+    found = list(RecordSource(tmp_path / "out", "train"))
+    assert [record.group_id for record in found] == ["007", "7"]
+    assert [record.captions for record in found] == [[long], ["one\ntwo"]]
+
+
+def test_a_killed_build_is_named(tmp_path, faces, caplog):
+    left = tmp_path / ".out.partial-x"
+    left.mkdir()
+    build([(table(tmp_path, faces), tmp_path / "images")], tmp_path / "out", CONFIG)
+    assert f"{left} was left by a build that was killed" in caplog.text and left.is_dir()
 
 
 def test_threads_change_nothing(tmp_path, faces):
@@ -208,6 +242,13 @@ def test_tables_are_joined_in_order(tmp_path, faces):
     assert not (tmp_path / "twice").exists()
 
 
+def test_a_column_that_is_there_twice(tmp_path, faces):
+    twice = tmp_path / "twice.csv"
+    twice.write_text("file,text,file\na.jpg,b,c.jpg\n")
+    with pytest.raises(ValueError, match=r"twice.csv has columns twice: file"):
+        build([(twice, tmp_path / "images")], tmp_path / "out", CONFIG)
+
+
 def test_label_codings():
     def labels(values: list) -> list[int]:
         columns = {"Bald": pa.array(values), "unrelated": [9] * len(values)}
@@ -232,9 +273,11 @@ def test_label_codings():
         ({"image_column": "path"}, "no column 'path'; it has"),
         ({"group_column": "who"}, "no column 'who'"),
         ({"caption_column": "text"}, "no column 'text'"),
+        ({"max_side": 0}, "max_side=0: must be at least 1"),
+        ({"quality": 300}, "quality=300: must be 1 to 100"),
     ],
 )
-def test_missing_columns(tmp_path, faces, changes, message):
+def test_missing_columns_and_impossible_settings(tmp_path, faces, changes, message):
     cfg = dataclasses.replace(CONFIG, **changes)
     with pytest.raises(ValueError, match=message):
         build([(table(tmp_path, faces), tmp_path / "images")], tmp_path / "out", cfg)

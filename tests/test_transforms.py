@@ -381,3 +381,10 @@ def test_augment_refuses_bad_settings(ops, level):
 
 def test_encode_jpeg_keeps_full_chroma():
     assert simplejpeg.decode_jpeg_header(transforms.encode_jpeg(picture(16, 16)))[3] == "444"
+
+
+def test_contain_keeps_a_pixel():
+    picture = Image.fromarray(np.zeros((2, 60_000, 3), np.uint8))
+    assert transforms.contain(picture, 192).size == (192, 1)
+    assert transforms.contain(picture.rotate(90, expand=True), 192).size == (1, 192)
+    assert transforms.contain(Image.new("RGB", (30, 20)), 192).size == (192, 128)

@@ -17,9 +17,10 @@ import pyarrow.compute as pc
 from flip_jax.curate.config import InputConfig
 from flip_jax.curate.storage import open_table
 from flip_jax.data.attributes import ATTRIBUTE_INDEX, ATTRIBUTES
-from flip_jax.data.sources import attribute_labels, read_table
+from flip_jax.data.sources import attribute_labels, cell_text, read_table
 
 _NUMBER = re.compile(r"-?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?")
+_TEXTS = ("id", "file", "url", "text", "group", "licence", "source")
 _COLUMNS = ("id", "image", "file", "url", "text", "box", "group", "licence", "source")
 
 ROWS = pa.schema(
@@ -57,7 +58,8 @@ def table_rows(file: str, cfg: InputConfig) -> Iterator[Row]:
             read = partial(parquet.iter_batches, cfg.chunk_rows)
             yield from _rows(file, names, lambda columns: read(columns=columns), cfg)
         return
-    table = read_table(Path(file))
+    names = (getattr(cfg, f"{kind}_column") for kind in _TEXTS)
+    table = read_table(Path(file), [name for name in names if name is not None])
     yield from _rows(
         file,
         table.column_names,
@@ -74,15 +76,34 @@ def _rows(
     wanted, attributes = _wanted(cfg), [name for name in ATTRIBUTES if name in names]
     coding = _coding(_known(batch) for batch in read(attributes)) if attributes else None
     for batch in read(list(dict.fromkeys([*wanted, *attributes]))):
-        if coding is not None:
-            kind, zeros = coding
-            table = _known(batch.select(attributes))
-            labels = _probabilities(table) if zeros is None else attribute_labels(table, zeros)
+        labels = _labels(_known(batch.select(attributes)), coding) if coding else None
         for index, cells in enumerate(batch.select(wanted).to_pylist()):
             row = row_of(cells, cfg)
             if coding is not None:
-                row[kind] = labels[index].tobytes()
+                row[coding[0]] = labels[index].tobytes()
             yield _checked(row, cfg)
+
+
+def labels_of(cells: dict[str, Any]) -> Row:
+    """What a .json file beside a picture says of attributes: that field of a row, if any.
+
+    Raises:
+      ValueError: a label that a table may not have either.
+    """
+    named = {name: cells[name] for name in ATTRIBUTES if name in cells}
+    if not named:
+        return {}
+    try:
+        table = _known(pa.RecordBatch.from_pylist([named]))
+        coding = _coding([table])
+        return {coding[0]: _labels(table, coding)[0].tobytes()}
+    except pa.ArrowException as error:
+        raise ValueError(f"labels {named}: {error}") from error
+
+
+def _labels(table: pa.Table, coding: tuple[str, bool | None]) -> np.ndarray:
+    zeros = coding[1]
+    return _probabilities(table) if zeros is None else attribute_labels(table, zeros)
 
 
 def _coding(tables: Iterable[pa.Table]) -> tuple[str, bool | None]:
@@ -185,12 +206,7 @@ def _checked(row: Row, cfg: InputConfig) -> Row:
 
 
 def _text(value: Any) -> str | None:
-    """A cell as text; numbers that pandas made float are whole again."""
-    if value is None:
-        return None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value).strip() or None
+    return cell_text(value) or None
 
 
 def texts_of(value: Any) -> list[str]:

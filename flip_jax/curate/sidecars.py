@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 from typing import BinaryIO
 
 from flip_jax.curate.config import InputConfig
-from flip_jax.curate.rows import Row, row_of, texts_of
+from flip_jax.curate.rows import Row, labels_of, row_of, texts_of
 from flip_jax.curate.storage import open_file
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
@@ -107,6 +107,11 @@ def _sidecar_row(id: str, text: bytes | None, data: bytes | None, cfg: InputConf
     row = row_of(cells if isinstance(cells, dict) else {}, cfg)
     if not isinstance(cells, dict):
         row["problem"] = "bad json"
+    else:
+        try:
+            row |= labels_of(cells)
+        except ValueError:
+            row["problem"] = "bad label"
     if not row["texts"] and text:
         row["texts"] = texts_of(text.decode("utf-8", "replace"))
     row["id"] = row["id"] or id

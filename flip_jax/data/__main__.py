@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from flip_jax.config import DataConfig, DrawnConfig
 from flip_jax.data import transforms
@@ -214,7 +214,7 @@ def contact_sheet(source: RecordSource, numbers: range, side: int = 192) -> Imag
         record = source[number]
         left, top = cell % columns * (side + 8) + 4, cell // columns * (side + text_height) + 4
         picture = Image.fromarray(transforms.decode_image(record.image))
-        sheet.paste(ImageOps.contain(picture, (side, side)), (left, top))
+        sheet.paste(transforms.contain(picture, side), (left, top))
         caption = record.captions[0] if record.captions else "(no caption)"
         text = textwrap.fill(caption, 30, max_lines=8)
         draw.text((left, top + side + 4), text, fill="black", font=font)
@@ -257,6 +257,10 @@ def _bench(args: argparse.Namespace) -> int:
     from flip_jax.data.tokenizer import Tokenizer
 
     cfg = DataConfig(**_given(args, DataConfig))
+    for name in ("seconds", "batch_size", "image_size"):
+        value = getattr(args, name)
+        if value <= 0:
+            raise ValueError(f"--{name.replace('_', '-')}={value}: must be above 0")
     source = RecordSource(args.path, args.split)
     tokenizer = Tokenizer.load(cfg.tokenizer, args.max_length)
     pipeline = TrainPipeline(source, tokenizer, cfg, args.image_size, seed=0)

@@ -40,6 +40,8 @@ Gather = Callable[[Any], list[Any]]
 
 # So many bad records in a row mean that a whole stretch of the data is gone.
 _MAX_SUBSTITUTES = 100
+# That a stream has in all: more than any run sees, few enough for Grain to count in 64 bits.
+_EXAMPLES = 2**60
 # `max_bad_fraction` is applied from this many examples on: below, one bad record is a large share.
 _MIN_SEEN = 100
 # Several hosts add up their bad records every so many batches.
@@ -250,7 +252,7 @@ class TrainPipeline:
             grain.MapDataset.range(len(source))
             .seed(seed)
             .shuffle()
-            .repeat(None)
+            .repeat(_EXAMPLES // len(source))
             .random_map(_Load(source, cfg, image_size, region_patch))
             .batch(cfg.batch_size // host_count, batch_fn=_Collate(tokenizer))
         )[host_index::host_count]

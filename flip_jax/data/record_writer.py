@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import glob
+import logging
 import os
 import re
 import shutil
@@ -25,6 +27,8 @@ from flip_jax.data.records import (
     encode_record,
     file_sha256,
 )
+
+_log = logging.getLogger(__name__)
 
 # One record per chunk: a random read then decompresses nothing but its own record.
 _WRITER_OPTIONS = "group_size:1"
@@ -73,6 +77,8 @@ class RecordWriter:
     def __enter__(self) -> RecordWriter:
         self.out_dir.parent.mkdir(parents=True, exist_ok=True)
         prefix = f".{self.out_dir.name}.partial-"
+        for left in sorted(self.out_dir.parent.glob(f"{glob.escape(prefix)}*")):
+            _log.warning("%s was left by a build that was killed, unless it still runs", left)
         self._folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self.out_dir.parent))
         return self
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import Any
 
 import cv2
 import numpy as np
@@ -35,10 +37,16 @@ from flip_jax.data.records import (
 )
 from flip_jax.data.transforms import BadImage, encode_jpeg, prepare_image
 
+# A sentence between quotes may hold the end of a line.
+_CSV = pyarrow.csv.ParseOptions(newlines_in_values=True)
 _READERS = {
-    ".parquet": pyarrow.parquet.read_table,
-    ".csv": pyarrow.csv.read_csv,
-    ".jsonl": pyarrow.json.read_json,
+    ".parquet": lambda path, texts: pyarrow.parquet.read_table(path),
+    ".csv": lambda path, texts: pyarrow.csv.read_csv(
+        path,
+        parse_options=_CSV,
+        convert_options=pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string())),
+    ),
+    ".jsonl": lambda path, texts: pyarrow.json.read_json(path),
 }
 # Below this many pictures a second process costs more than it saves.
 _PICTURES_PER_PROCESS = 100
@@ -110,7 +118,7 @@ def build(
     _check_tables(tables, cfg)
     with RecordWriter(out_dir, f"{source}; {_describe(cfg)}", overwrite=overwrite) as writer:
         for path, images in tables:
-            table = read_table(path)
+            table = read_table(path, _text_columns(cfg))
             drafts = tqdm(_drafts(table, images, cfg), path.name, len(table), disable=None)
             write_records(writer, report, iter(drafts), _finish, threads)
         report.check(cfg.max_bad_fraction)
@@ -121,20 +129,36 @@ def _describe(cfg: BuildConfig | DrawnConfig) -> str:
     return " ".join(f"{name}={value}" for name, value in dataclasses.asdict(cfg).items())
 
 
-def read_table(path: Path) -> pa.Table:
+def read_table(path: Path, texts: Sequence[str] = ()) -> pa.Table:
     """Reads a .parquet, .csv or .jsonl file.
+
+    Args:
+      texts: columns of a .csv file that stay as they are written: `007` is not 7.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: another kind of file, or one that cannot be parsed.
+      ValueError: another kind of file, one that cannot be parsed, or a column that is there twice.
     """
     reader = _READERS.get(path.suffix)
     if reader is None:
         raise ValueError(f"table {path} must be one of {', '.join(_READERS)}")
     try:
-        return reader(str(path))
+        table = reader(str(path), texts)
     except pa.ArrowException as error:
         raise ValueError(f"table {path} cannot be read: {error}") from error
+    names = table.column_names
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"table {path} has columns twice: {', '.join(twice)}; rename one of each")
+    return table
+
+
+def cell_text(value: Any) -> str:
+    """A cell as text, "" where there is none; numbers that pandas made float are whole again."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip()
 
 
 def attribute_labels(table: pa.Table, zeros: bool | None = None) -> np.ndarray:
@@ -182,13 +206,21 @@ class _Draft:
     cfg: BuildConfig
 
 
+def _text_columns(cfg: BuildConfig) -> list[str]:
+    columns = (cfg.image_column, cfg.group_column, cfg.split_column, cfg.caption_column)
+    return [name for name in columns if name]
+
+
 def _check_tables(tables: Sequence[tuple[Path, Path]], cfg: BuildConfig) -> None:
     """Finds what would stop the build hours later."""
+    if cfg.max_side is not None and cfg.max_side < 1:
+        raise ValueError(f"max_side={cfg.max_side}: must be at least 1, or None to shrink nothing")
+    if not 1 <= cfg.quality <= 100:
+        raise ValueError(f"quality={cfg.quality}: must be 1 to 100")
     files = set()
-    wanted = (cfg.image_column, cfg.group_column, cfg.split_column, cfg.caption_column)
     for path, images in tables:
-        table = read_table(path)
-        for name in filter(None, wanted):
+        table = read_table(path, _text_columns(cfg))
+        for name in _text_columns(cfg):
             if name not in table.column_names:
                 raise ValueError(f"{path} has no column {name!r}; it has {table.column_names}")
         if cfg.caption_column and not _holds_text(table[cfg.caption_column].type):
@@ -202,12 +234,12 @@ def _check_tables(tables: Sequence[tuple[Path, Path]], cfg: BuildConfig) -> None
             attribute_labels(table)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        for file in table[cfg.image_column].drop_null().to_pylist():
-            if str(file) in files:
+        for file in map(cell_text, table[cfg.image_column].drop_null().to_pylist()):
+            if file in files:
                 raise ValueError(
                     f"{path}: {cfg.image_column} {file!r} is there twice; ids must be unique"
                 )
-            files.add(str(file))
+            files.add(file)
 
 
 def _holds_text(kind: pa.DataType) -> bool:
@@ -232,13 +264,13 @@ def _drafts(table: pa.Table, images: Path, cfg: BuildConfig) -> Iterator[_Draft]
         labels,
         strict=True,
     ):
-        file = "" if file is None else str(file)
+        file, group = cell_text(file), cell_text(group)
         texts = [texts] if isinstance(texts, str) else texts or []
         yield _Draft(
             file=file,
             images=images,
-            group=cfg.group_prefix + (file if group in (None, "") else str(group)),
-            split="" if split is None else str(split),
+            group=cfg.group_prefix + (group or file),
+            split=cell_text(split),
             captions=[text.strip() for text in texts if text and text.strip()],
             attributes=attributes,
             cfg=cfg,

@@ -116,6 +116,17 @@ def prepare_image(data: bytes, max_side: int | None, quality: int) -> tuple[byte
     return encode_jpeg(image, quality), True
 
 
+def contain(
+    picture: Image.Image, side: int, way: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
+    """The largest copy within a square of `side` pixels, at least one pixel in each direction.
+
+    `ImageOps.contain` refuses pictures of extreme shape, which it makes 0 pixels high or wide.
+    """
+    width, height = (max(round(side * n / max(picture.size)), 1) for n in picture.size)
+    return picture.resize((width, height), way)
+
+
 def resize_image(image: np.ndarray, size: int) -> np.ndarray:
     """Squashes a picture to `size` x `size`: bicubic, the aspect ratio is not kept.
 

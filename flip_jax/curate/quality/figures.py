@@ -87,7 +87,8 @@ def _resolution(facts: Facts) -> Figure:
     axis, other = figure.subplots(1, 2)
     edges = np.array(pictures["shorter_side_histogram"]["edges"])
     counts = np.array(pictures["shorter_side_histogram"]["counts"])
-    some = np.flatnonzero(counts)
+    # Sides below the least edge are in no bar: of tiny pictures there is none.
+    some = np.flatnonzero(counts) if counts.any() else np.array([0])
     first, last = max(some[0] - 2, 0), min(some[-1] + 3, len(counts))
     _histogram(axis, edges[first : last + 1], counts[first:last])
     spread = pictures["shorter_side"]

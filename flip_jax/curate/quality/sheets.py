@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from flip_jax.curate.quality.sample import Sampled
 from flip_jax.data.records import RecordSource
-from flip_jax.data.transforms import decode_image
+from flip_jax.data.transforms import contain, decode_image
 
 _COLUMNS = 8
 _SIDE = 150  # pixels of a picture on a sheet
@@ -90,5 +90,6 @@ def _show(axis: Axes, data: bytes) -> None:
     """A picture in a square, smaller ones enlarged without smoothing."""
     picture = Image.fromarray(decode_image(data))
     way = Image.Resampling.NEAREST if max(picture.size) < _SIDE else Image.Resampling.LANCZOS
-    axis.imshow(np.asarray(ImageOps.pad(picture, (_SIDE, _SIDE), way, color="white")))
+    picture = contain(picture, _SIDE, way)
+    axis.imshow(np.asarray(ImageOps.pad(picture, (_SIDE, _SIDE), color="white")))
     axis.set_axis_off()
