@@ -217,13 +217,15 @@ def test_an_example_moves_points_with_the_picture(data):
 def test_recipes_are_the_published_ones():
     full = Settings(recipe="300w").resolved(224, 16)
     assert (full.size, full.heatmap, full.crop, full.finetune) == (448, 128, 0.8, True)
-    recipe = full.dense_recipe(1.0)
+    recipe = full.dense_recipe(8, 8)
     assert recipe.rates == (1e-4, 1e-2, 1e-2, 1e-2) and recipe.epochs == 250
     assert recipe.decay_at * recipe.epochs == 200
     assert RECIPES["aflw19"].crop == 1.0 and RECIPES["aflw19"].hidden == "count"
     small = Settings(epochs=3).resolved(64, 16)
     assert (small.size, small.heatmap) == (128, 32)
-    assert small.dense_recipe(0.1).epochs == 30
+    assert small.dense_recipe(160, 1600).epochs == 30
+    # 2,690 pictures are 168 steps of 16; of 27 an epoch is two, of 5 still one.
+    assert [small.dense_recipe(n, 2690).epochs for n in (2690, 27, 5)] == [3, 252, 504]
 
 
 @pytest.mark.parametrize(

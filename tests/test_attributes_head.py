@@ -310,6 +310,30 @@ def test_a_rate_that_diverges_is_never_chosen():
         train_head(recipe, (3e38,), *rare, seed=0)
 
 
+def test_the_epoch_is_chosen_by_the_accuracy_of_the_report():
+    """Labels that are not known unevenly: the mean over attributes, not over labels."""
+    train, val, test = (states_and_labels(n, rows) for n, rows in enumerate((64, 60, 60)))
+    for split in (val, test):
+        split[1][10:, 0] = -1
+        split[1][:, 4] = -1
+    recipe = Recipe("flip", epochs=3, batch_size=16, weight_decay=0.05)
+    found = train_head(recipe, (0.02,), train, val, test, seed=0)
+    scores = np.asarray(head_logits("flip", found.head, test[0]))
+    each = attribute_statistic(scores > 0, scores, test[1])(np.ones((1, 60), np.float32))[0]
+    assert found.test_accuracy[found.epoch - 1] == pytest.approx(each[0], rel=1e-6)
+
+
+def test_no_right_answer_is_no_divergence():
+    train, val, test = (states_and_labels(n, rows) for n, rows in enumerate((64, 60, 60)))
+    recipe = Recipe("flip", epochs=1, batch_size=16, weight_decay=0.0)
+    said = np.asarray(
+        head_logits("flip", train_head(recipe, (0.02,), train, val, test, seed=0).head, val[0])
+    )
+    wrong = (said <= 0).astype(np.int8)
+    found = train_head(recipe, (0.02,), train, (val[0], wrong), test, seed=0)
+    assert found.val_accuracy.tolist() == [0.0] and found.epoch == 1
+
+
 def test_evaluation_in_blocks(monkeypatch):
     data = states_and_labels(4, 50)
     head = init_head("flip", 3, 8, 5, jax.random.key(1))

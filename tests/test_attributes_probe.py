@@ -120,6 +120,7 @@ def test_settings_out_of_range_and_data_without_labels(backbone, data, tmp_path)
         ("rates", "fast"),
         ("epochs", 0),
         ("resamples", 0),
+        ("seed", -1),
         ("by", "Man"),
     ):
         settings = dataclasses.replace(SETTINGS, **{field: value})
@@ -129,6 +130,17 @@ def test_settings_out_of_range_and_data_without_labels(backbone, data, tmp_path)
     bare.split("test").attributes[:] = -1
     with pytest.raises(DataLacks, match="no picture has a known attribute"):
         attributes.run(SETTINGS, backbone, bare, tmp_path)
+
+
+def test_numbers_that_are_not_defined(backbone, data, tmp_path):
+    """No label says yes: no AP and no balanced accuracy, but a report with its picture."""
+    rare = FaceData(data.path, 32)
+    for split in ("train", "test"):
+        rare.split(split).attributes[:] = 0
+    found = run_task("attributes", SETTINGS, backbone, rare, tmp_path / "out", ["command"])
+    assert np.isnan(found.results["trained"]["AP"].value)
+    assert found.results["trained"]["accuracy"].value > 0
+    assert (tmp_path / "out" / "report.png").is_file()
 
 
 @pytest.mark.parametrize("kind", ["flip", "facer"])

@@ -84,6 +84,18 @@ def test_parts_are_the_numbers_of_their_rows_and_the_gap_is_between_them():
     assert found.to_dict(["mean", "minus"])["gap"]["mean"]["value"] == gap.value
 
 
+def test_a_single_person_has_no_interval():
+    values, groups = np.array([0.0, 1.0, 0.0, 1.0, 1.0]), np.array([0, 0, 1, 2, 2])
+    (whole,) = measure(mean_of(values[:2]), groups[:2], resamples=50)
+    assert whole.value == 0.5 and str(whole) == "0.50 [-, -]"
+    assert whole.to_dict() == {"value": 0.5, "low": None, "high": None}
+    parts = np.array(["a", "a", "b", "c", "c"])
+    (found,) = break_down(mean_of(values), groups, {"c": parts}, resamples=50)
+    said = [str(numbers[0]) for _, numbers in found.parts.values()]
+    assert said == ["0.50 [-, -]", "0.00 [-, -]", "1.00 [-, -]"]
+    assert str(found.gaps[0]) == "1.00 [-, -]"
+
+
 def test_a_gap_of_nothing_may_be_nothing_and_one_part_has_none():
     values = np.random.default_rng(2).normal(size=400)
     halves = np.where(np.arange(400) % 2 == 0, "a", "b")

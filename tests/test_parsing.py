@@ -14,7 +14,7 @@ from flip_jax.data.record_writer import RecordWriter
 from flip_jax.data.records import MANIFEST, RecordSource
 from flip_jax.data.transforms import BadImage
 from flip_jax.downstream.backbone import Backbone
-from flip_jax.downstream.dense_pictures import read_picture
+from flip_jax.downstream.dense_pictures import DensePicture, read_picture
 from flip_jax.downstream.face_data import DataLacks, FaceData
 from flip_jax.downstream.parsing import (
     OVERLAYS,
@@ -225,6 +225,12 @@ def test_warp_and_alignment_run_with_a_fine_tuned_tower(backbone, data, tmp_path
         parser.parse([face.image])
 
 
+def test_five_points_in_one_place_name_the_picture():
+    picture = DensePicture(np.zeros((9, 9, 3), np.uint8), None, np.ones((68, 2)), None, name="it")
+    with pytest.raises(ValueError, match=r"it: the five points are one.*align=none"):
+        Frame(PARSING_CLASSES, 64, "points", 0.0).place(picture)
+
+
 def write_like(data, folder, change, classes=PARSING_CLASSES):
     """Some records of a data set, changed."""
     with RecordWriter(folder, "test", mask_classes=classes) as writer:
@@ -305,7 +311,7 @@ def test_recipes():
     lapa = Settings(recipe="lapa", epochs=3).resolved(224)
     assert (lapa.size, lapa.channels, lapa.epochs, lapa.batch_size) == (448, 768, 3, 40)
     assert (lapa.warp, lapa.align, lapa.finetune) == (0.8, "points", True)
-    assert lapa.dense_recipe(1.0).rates == (1e-4, 1e-3, 1e-3, 1e-3)
+    assert lapa.dense_recipe(8, 8).rates == (1e-4, 1e-3, 1e-3, 1e-3)
     assert (lapa.augment.shift, lapa.augment.rotate, lapa.augment.scale) == (0.01, 0.314, 0.1)
     celeba = Settings(recipe="celeba_hq").resolved(224)
     assert (celeba.warp, celeba.align, celeba.epochs) == (0.0, "none", 300)

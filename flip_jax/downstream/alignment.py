@@ -73,7 +73,7 @@ def run(settings: Settings, backbone: Backbone, data: FaceData, out: Path) -> Ta
         for percent, size in sizes.items():
             print(f"{label} backbone, {percent:g} % of the training pictures", flush=True)
             part = dataclasses.replace(faces, train=faces.train.take(range(size)))
-            trained, predicted = _train(settings, percent / 100, net, frame, part, truth)
+            trained, predicted = _train(settings, len(faces.train), net, frame, part, truth)
             by = columns if percent == percents[-1] else {}
             found = _outcome(settings, trained, predicted, truth["test"], faces, by)
             rows[label][percent] = found
@@ -136,15 +136,15 @@ def _check_lengths(kind: str, truth: dict[str, Truth]) -> None:
 
 def _train(
     settings: Settings,
-    share: float,
+    pictures: int,
     net: DenseNet,
     frame: Frame,
     faces: _Data,
     truth: dict[str, Truth],
 ) -> tuple[TrainedDense, np.ndarray]:
-    """Trains on `faces.train`; what is found on the test split by the epoch best on validation,
-    [N, P, 2]."""
-    recipe = settings.dense_recipe(share)
+    """Trains on `faces.train`, as long as on `pictures`; what is found on the test split by the epoch
+    best on validation, [N, P, 2]."""
+    recipe = settings.dense_recipe(len(faces.train), pictures)
     example = functools.partial(frame.example, settings.augment)
     batches = DenseBatches(faces.train, example, recipe.batch_size, settings.seed)
     # What was found at each evaluation is small, and the best one is wanted in the end.

@@ -109,7 +109,13 @@ def _check(settings: Settings) -> tuple[list[float], tuple[float, ...]]:
             below = f" and at most {most:g}" if most < np.inf else ""
             raise ValueError(f"settings.{name}={text!r}: must be numbers above 0{below}")
         found.append(numbers)
-    for name, least in (("epochs", 1), ("batch_size", 1), ("resamples", 1), ("weight_decay", 0)):
+    for name, least in (
+        ("epochs", 1),
+        ("batch_size", 1),
+        ("resamples", 1),
+        ("weight_decay", 0),
+        ("seed", 0),
+    ):
         if getattr(settings, name) < least:
             value = getattr(settings, name)
             raise ValueError(f"settings.{name}={value}: must be at least {least}")
@@ -324,6 +330,8 @@ def _figure(
     figure = Figure(figsize=(13, 11), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.4])
     for m, axis in enumerate(top.subplots(1, len(METRICS))):
+        # Before anything is plotted: numbers that are not defined give an axis no limits.
+        axis.set(xscale="log", xlim=(0.9 * min(sizes.values()), 1.1 * max(sizes.values())))
         for label, found in rows.items():
             numbers = [row.numbers[m] for row in found.values()]
             counts = [sizes[percent] for percent in found]
@@ -332,7 +340,7 @@ def _figure(
             values = [n.value for n in numbers]
             axis.plot(counts, values, marker="o", color=_COLOURS[label], label=label)
         axis.axhline(chance[m].value, color=_COLOURS["chance"], linestyle="--", label="chance")
-        axis.set(title=f"{METRICS[m]} (%)", xlabel="labelled pictures", xscale="log")
+        axis.set(title=f"{METRICS[m]} (%)", xlabel="labelled pictures")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     axis = bottom.subplots()

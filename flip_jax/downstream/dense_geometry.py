@@ -154,7 +154,7 @@ def five_point_matrix(landmarks: np.ndarray, size: int) -> np.ndarray:
       landmarks: float [P, 2], P of `FIVE_POINTS`.
 
     Raises:
-      ValueError: another number of points.
+      ValueError: another number of points, or all of them in one place.
     """
     if len(landmarks) not in FIVE_POINTS:
         raise ValueError(
@@ -163,6 +163,8 @@ def five_point_matrix(landmarks: np.ndarray, size: int) -> np.ndarray:
         )
     parts = FIVE_POINTS[len(landmarks)]
     points = np.stack([landmarks[list(part)].mean(0) for part in parts]).astype(np.float64)
+    if not np.ptp(points, axis=0).any():
+        raise ValueError("the five points are one: no face can be turned by them")
     return similarity(points, FIVE_PLACES * size - 0.5)
 
 

@@ -37,20 +37,26 @@ class DenseSettings:
         """`fractions`, ascending."""
         return sorted(set(numbers("fractions", self.fractions, 100.0)))
 
-    def dense_recipe(self, share: float) -> DenseRecipe:
+    def dense_recipe(self, used: int, pictures: int) -> DenseRecipe:
         """Of settings that have all values.
 
         Args:
-          share: of the training pictures that are used, 0 to 1. The steps are as many for any
-            share, or a small one would be judged by a training that has hardly begun.
+          used: so many training pictures of `pictures`. The steps are as many (but for a part of
+            an epoch) for any share, or a small one would be judged by a training that has hardly
+            begun.
         """
+        longer = self._steps(pictures) / self._steps(used)
         return DenseRecipe(
-            epochs=max(1, round(self.epochs / share)),
+            epochs=max(1, round(self.epochs * longer)),
             batch_size=self.batch_size,
             rates=four_rates(self.rates),
             decay_at=self.decay_at,
-            evaluate_every=max(1, round(self.evaluate_every / share)),
+            evaluate_every=max(1, round(self.evaluate_every * longer)),
         )
+
+    def _steps(self, pictures: int) -> int:
+        """Of an epoch, as `DenseBatches` counts them."""
+        return max(1, round(pictures / self.batch_size))
 
     def completed(self, recipe: object) -> DenseSettings:
         """With the values of a recipe, a dataclass, in place of None."""
@@ -67,6 +73,7 @@ class DenseSettings:
         four_rates(self.rates)
         for name in ("size", "channels", "epochs", "batch_size", "evaluate_every", "resamples"):
             self.at_least(name, 1)
+        self.at_least("seed", 0)
         if not 0 < self.decay_at <= 1:
             raise ValueError(f"settings.decay_at={self.decay_at}: must be above 0 and at most 1")
         self.augment.check("settings.augment")

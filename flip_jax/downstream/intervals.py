@@ -31,7 +31,8 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        low, high = (f"{end:.2f}" if np.isfinite(end) else "-" for end in (self.low, self.high))
+        return f"{self.value:.2f} [{low}, {high}]"
 
     def to_dict(self) -> dict[str, float | None]:
         """JSON types; what is not defined is None."""
@@ -51,7 +52,8 @@ def bootstrap(
 
     Pictures of one person are not independent: groups are drawn with replacement, as many as there
     are, and each brings all its rows. The same seed draws the same groups, so that differences of
-    numbers can be taken draw by draw.
+    numbers can be taken draw by draw. Of a single group nothing is known but itself: its draws are
+    NaN.
 
     Args:
       statistic: see `Statistic`.
@@ -64,6 +66,8 @@ def bootstrap(
     part = np.ones(len(groups), np.float32) if rows is None else rows.astype(np.float32)
     value = np.asarray(statistic(part[None]), np.float64)[0]
     rng, count = np.random.default_rng(seed), int(groups.max()) + 1
+    if len(np.unique(groups[part > 0])) < 2:
+        return value, np.full((resamples, len(value)), np.nan)
     block = max(1, _BLOCK_BYTES // (4 * len(groups)))
     draws = []
     for start in range(0, resamples, block):

@@ -75,7 +75,7 @@ def run(settings: Settings, backbone: Backbone, data: FaceData, out: Path) -> Ta
             print(f"{label} backbone, {percent:g} % of the training pictures", flush=True)
             last = percent == percents[-1]
             part = dataclasses.replace(faces, train=faces.train.take(range(size)))
-            trained, predict = _train(settings, percent / 100, net, frame, part)
+            trained, predict = _train(settings, len(faces.train), net, frame, part)
             statistic = frame.statistic(frame.read(predict, faces.test), *_test(frame, faces))
             rows[label][percent] = _row(
                 settings, statistic, faces, columns if last else {}, trained
@@ -124,10 +124,10 @@ def _test(frame: Frame, faces: _Data) -> tuple[Faces, Truth]:
 
 
 def _train(
-    settings: Settings, share: float, net: DenseNet, frame: Frame, faces: _Data
+    settings: Settings, pictures: int, net: DenseNet, frame: Frame, faces: _Data
 ) -> tuple[TrainedDense, Predict]:
-    """Trains on `faces.train`; what the epoch best on validation says."""
-    recipe = settings.dense_recipe(share)
+    """Trains on `faces.train`, as long as on `pictures`; what the epoch best on validation says."""
+    recipe = settings.dense_recipe(len(faces.train), pictures)
     example = functools.partial(frame.example, settings.augment)
     batches = DenseBatches(faces.train, example, recipe.batch_size, settings.seed)
     parts = [(one, Truth.of(frame.marks, one)) for one in (faces.val, faces.test)]

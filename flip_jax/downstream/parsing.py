@@ -73,7 +73,7 @@ def run(settings: Settings, backbone: Backbone, data: FaceData, out: Path) -> Ta
             print(f"{label} backbone, {percent:g} % of the training pictures", flush=True)
             by = columns if percent == percents[-1] else {}
             part = dataclasses.replace(faces, train=faces.train.take(range(size)))
-            row, predict = _train(settings, percent / 100, net, frame, part, by)
+            row, predict = _train(settings, len(faces.train), net, frame, part, by)
             rows[label][percent] = row
             if label == "trained" and percent == percents[-1]:
                 _save(out, net, frame, row.trained, data)
@@ -116,14 +116,15 @@ def class_names(data: FaceData, faces: Faces) -> tuple[str, ...]:
 
 def _train(
     settings: Settings,
-    share: float,
+    pictures: int,
     net: DenseNet,
     frame: Frame,
     faces: _Data,
     by: dict[str, np.ndarray],
 ) -> tuple[Row, Predict]:
-    """Trains on `faces.train`, scores on the test split by the epoch best on validation."""
-    recipe = settings.dense_recipe(share)
+    """Trains on `faces.train`, as long as on `pictures`; scores on the test split by the epoch best
+    on validation."""
+    recipe = settings.dense_recipe(len(faces.train), pictures)
     example = functools.partial(frame.example, settings.augment)
     batches = DenseBatches(faces.train, example, recipe.batch_size, settings.seed)
 

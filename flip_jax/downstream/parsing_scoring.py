@@ -55,11 +55,14 @@ class Frame:
     warp: float
 
     def place(self, picture: DensePicture) -> Geometry:
-        """Raises: ValueError: alignment without landmarks that are known."""
+        """Raises: ValueError: alignment without landmarks that are known; names the picture."""
         if self.align == "none":
             return Geometry(squash_matrix(*picture.shape, self.size), self.size, self.warp)
         points = np.zeros((0, 2)) if picture.landmarks is None else picture.landmarks
-        return Geometry(five_point_matrix(points, self.size), self.size, self.warp)
+        try:
+            return Geometry(five_point_matrix(points, self.size), self.size, self.warp)
+        except ValueError as error:
+            raise ValueError(f"{picture.name}: {error}; leave it out or set align=none") from error
 
     def mask_of(self, picture: DensePicture) -> np.ndarray:
         """Its mask, uint8 [H, W].

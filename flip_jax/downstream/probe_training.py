@@ -76,7 +76,7 @@ def train_head(
     found = _train(recipe, size, jnp.asarray(rates, jnp.float32), *arrays, jax.random.key(seed))
     heads, val_accuracy, test_accuracy = jax.device_get(found)
     best = int(val_accuracy.max(axis=1).argmax())
-    if not val_accuracy[best].max() > 0:  # 0 marks values that are not numbers
+    if val_accuracy[best].max() < 0:
         raise FloatingPointError(
             f"settings.rates={rates}: no head of finite values came of them; try lower ones"
         )
@@ -84,8 +84,8 @@ def train_head(
         head=jax.tree.map(lambda array: array[best], heads),
         rate=rates[best],
         epoch=int(val_accuracy[best].argmax()) + 1,
-        val_accuracy=val_accuracy[best],
-        test_accuracy=test_accuracy[best],
+        val_accuracy=np.maximum(val_accuracy[best], 0),
+        test_accuracy=np.maximum(test_accuracy[best], 0),
         best_on_test=float(test_accuracy.max()),
     )
 
@@ -100,7 +100,8 @@ def _train(
     test: tuple[Array, Array],
     key: Array,
 ) -> tuple[Head, Array, Array]:
-    """Heads [R, ...] at their best epoch, accuracies [R, E] on validation and test."""
+    """Heads [R, ...] at their best epoch, accuracies [R, E] on validation and test; accuracies are
+    -1 where a head has values that are not numbers."""
     states, labels = train
     steps = len(states) // batch_size
     adam = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(recipe.weight_decay))
@@ -126,7 +127,7 @@ def _train(
             # right more often than not.
             finite = jnp.all(jnp.array([jnp.isfinite(p).all() for p in jax.tree.leaves(head)]))
             on_val, on_test = (
-                jnp.where(finite, _accuracy(recipe.kind, head, *data), 0.0) for data in (val, test)
+                jnp.where(finite, _accuracy(recipe.kind, head, *data), -1.0) for data in (val, test)
             )
             better = finite & (on_val > best_accuracy)
             best = jax.tree.map(lambda new, old: jnp.where(better, new, old), head, best)
@@ -144,13 +145,17 @@ def _train(
 
 
 def _accuracy(kind: str, head: Head, states: Array, labels: Array) -> Array:
-    """Mean over all known labels, in percent."""
+    """Mean over the attributes of which a label is known, in percent."""
 
     def right(row: tuple[Array, Array]) -> tuple[Array, Array]:
         states, labels = row
         present = head_logits(kind, head, states[None])[0] > 0
         known = labels >= 0
-        return jnp.sum(known & (present == (labels == 1))), jnp.sum(known)
+        return known & (present == (labels == 1)), known
 
-    hits, known = jax.lax.map(right, (states, labels), batch_size=_EVAL_ROWS)
-    return 100.0 * jnp.sum(hits) / jnp.maximum(jnp.sum(known), 1)
+    found = jax.lax.map(right, (states, labels), batch_size=_EVAL_ROWS)
+    hits, known = (jnp.sum(one, axis=0) for one in found)
+    # Weights are 1 where all labels are known: a sum of whole numbers, in which epochs can tie.
+    most = jnp.maximum(jnp.max(known), 1)
+    weights = jnp.where(known > 0, most / jnp.maximum(known, 1), 0.0)
+    return 100.0 * jnp.sum(hits * weights) / (most * jnp.maximum(jnp.sum(known > 0), 1))

@@ -109,6 +109,7 @@ _LEAST = {
     "pictures": 2,
     "val_pictures": 2,
     "resamples": 1,
+    "seed": 0,
 }
 
 

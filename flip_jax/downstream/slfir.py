@@ -148,7 +148,7 @@ def _check(settings: Settings) -> tuple[tuple[float, ...], list[str]]:
     least = dict.fromkeys(
         ("steps", "train_steps", "captions", "negatives", "epochs", "batch_size", "resamples"), 1
     )
-    for name, low in (least | {"rerank": 0, "weight_decay": 0, "hand": 0}).items():
+    for name, low in (least | {"rerank": 0, "weight_decay": 0, "hand": 0, "seed": 0}).items():
         if getattr(settings, name) < low:
             value = getattr(settings, name)
             raise ValueError(f"settings.{name}={value}: must be at least {low}")

@@ -107,8 +107,10 @@ def run(settings: Settings, backbone: Backbone, data: FaceData, out: Path) -> Ta
       DataLacks: the data has no labels.
       OSError: data cannot be read, or `out` not be written.
     """
-    if settings.resamples < 1:
-        raise ValueError(f"settings.resamples={settings.resamples}: must be at least 1")
+    for name, least in (("resamples", 1), ("seed", 0)):
+        if getattr(settings, name) < least:
+            value = getattr(settings, name)
+            raise ValueError(f"settings.{name}={value}: must be at least {least}")
     faces = data.split(settings.test_split)
     if not (faces.attributes >= 0).any():
         raise DataLacks(
