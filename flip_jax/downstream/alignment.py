@@ -142,8 +142,8 @@ def _train(
     faces: _Data,
     truth: dict[str, Truth],
 ) -> tuple[TrainedDense, np.ndarray]:
-    """Trains on `faces.train`, as long as on `pictures`; what is found on the test split by the epoch
-    best on validation, [N, P, 2]."""
+    """Trains on `faces.train`, as long as on `pictures`; what is found on the test split by the
+    epoch best on validation, [N, P, 2]."""
     recipe = settings.dense_recipe(len(faces.train), pictures)
     example = functools.partial(frame.example, settings.augment)
     batches = DenseBatches(faces.train, example, recipe.batch_size, settings.seed)
