@@ -241,3 +241,17 @@ def test_page_of_two_shapes_by_hand(tmp_path):
     assert "u is left out: no &lt;sketches&gt;" in page and "&lt;runs&gt;" in page
     assert page.count("data:image/png;base64,") == 3
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_one_random_backbone_for_one_shape_and_notes_of_whom_they_are(tmp_path):
+    """Both were run with one, each by itself; their heads chose different epochs."""
+    first, second = (report(trained=n, random=2, chance=1.0) for n in (5, 6))
+    first["notes"], second["notes"] = ["epoch 3", "same"], ["epoch 9", "same"]
+    entries = [Entry("one", {"t": first}), Entry("two", {"t": second})]
+    assert list(comparison(entries, "t")) == ["one", "two", "random", "chance"]
+    for entry in entries:
+        (tmp_path / entry.label / "t").mkdir(parents=True)
+        (tmp_path / entry.label / "t" / "report.png").write_bytes(b"\x89PNG")
+    write_page(tmp_path, entries, ["t"], ["command"])
+    markdown = (tmp_path / "comparison.md").read_text()
+    assert "* one: epoch 3\n* two: epoch 9\n* same\n" in markdown

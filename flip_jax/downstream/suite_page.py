@@ -101,7 +101,11 @@ def comparison(entries: Sequence[Entry], name: str) -> dict[str, dict[str, Any]]
     """Of a task: label -> metric -> what the JSON holds; checkpoints, random backbones, chance."""
     found = {e.label: e.reports[name]["results"] for e in entries if name in e.reports}
     rows = {label: results["trained"] for label, results in found.items()}
-    random = {label: results["random"] for label, results in found.items() if "random" in results}
+    random: dict[str, Any] = {}
+    for label, results in found.items():
+        # Checkpoints of one shape have the same random backbone, hence the same numbers.
+        if "random" in results and results["random"] not in random.values():
+            random[label] = results["random"]
     for label, results in random.items():
         rows["random" if len(random) == 1 else f"random, shape of {label}"] = results
     for results in found.values():
@@ -126,9 +130,8 @@ def _blocks(
     yield _Picture("comparison.png", "all tasks", folded=False)
     for name, found in rows.items():
         own = [entry for entry in entries if name in entry.reports]
-        report = own[0].reports[name]
         yield _Heading(2, name)
-        yield _Lines([report["units"], *report["notes"]])
+        yield _Lines([own[0].reports[name]["units"], *_notes(own, name)])
         yield _table("Results", found)
         for column in dict.fromkeys(
             c for e in own for c in e.reports[name]["by"].get("trained", {})
@@ -137,6 +140,15 @@ def _blocks(
         for entry in own:
             path = f"{entry.label}/{name}/report.png"
             yield _Picture(path, f"{name}, {entry.label}", folded=True)
+
+
+def _notes(entries: Sequence[Entry], name: str) -> Iterator[str]:
+    """Lines about the protocol of a task; what is not said of all checkpoints, with whose it is."""
+    notes = {entry.label: entry.reports[name]["notes"] for entry in entries}
+    shared = set.intersection(*(set(lines) for lines in notes.values()))
+    for label, lines in notes.items():
+        yield from (f"{label}: {line}" for line in lines if line not in shared)
+    yield from (line for line in notes[entries[0].label] if line in shared)
 
 
 def _about(entry: Entry) -> Iterator[str]:
