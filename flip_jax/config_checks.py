@@ -43,7 +43,7 @@ def _validate_model(model: ModelConfig) -> None:
     patch = vision.patch_size
     _require(patch >= 1, "model.vision.patch_size", patch, "must be at least 1")
     _require(
-        vision.image_size % vision.patch_size == 0,
+        vision.image_size > 0 and vision.image_size % vision.patch_size == 0,
         "model.vision.image_size",
         vision.image_size,
         f"must be a multiple of model.vision.patch_size={vision.patch_size}",
@@ -76,8 +76,14 @@ def _validate_training(cfg: Config) -> None:
     _at_least(cfg, 1, "log_every_steps", "checkpoint.every_steps", "checkpoint.keep_last")
     _at_least(cfg, 1, "checkpoint.keep_every_steps")
     _at_least(cfg, 0, "optim.warmup_steps", "optim.weight_decay")
-    _at_least(cfg, 0, "eval.every_epochs", "eval.rerank", "checkpoint.keep_best")
-    _require(cfg.optim.lr > 0, "optim.lr", cfg.optim.lr, "must be above 0")
+    _at_least(cfg, 0, "eval.every_epochs", "eval.rerank", "checkpoint.keep_best", "seed")
+    _at_least(cfg, 1, "eval.max_images")
+    for name in ("optim.lr", "optim.eps", "optim.clip_norm", "checkpoint.every_minutes"):
+        value = operator.attrgetter(name)(cfg)
+        _require(value is None or value > 0, name, value, "must be above 0")
+    for name in ("beta1", "beta2"):
+        value = getattr(cfg.optim, name)
+        _require(0 <= value < 1, f"optim.{name}", value, "must be in [0, 1)")
     _validate_data(cfg)
     _validate_loss(cfg)
     steps = cfg.profile.steps
@@ -173,7 +179,7 @@ def _validate_mim(cfg: Config) -> None:
     allowed = f"must be {'1 or more' if weight else '0'} with loss.weights.mim={weight}"
     _require((depth > 0) == (weight > 0), "model.mim_depth", depth, allowed)
     allowed = f"must hide 1 to all but 1 of the {patches} patches"
-    hidden = 1 <= loss.mim_share * patches <= patches - 1
+    hidden = not weight or 1 <= loss.mim_share * patches <= patches - 1
     _require(hidden, "loss.mim_share", loss.mim_share, allowed)
     tokens, path, vocab = loss.mim_target == "tokens", loss.mim_tokenizer, model.mim_vocab
     allowed = "the folder of a visual tokenizer" if tokens else "None"

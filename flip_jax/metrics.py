@@ -299,17 +299,19 @@ def check_finite(
     if not bad:
         return
     numbers = ", ".join(f"{name}={float(value):.6g}" for name, value in values.items())
-    resume = (
-        "no checkpoint was written yet"
-        if last_checkpoint is None
-        else f"the last checkpoint is step {last_checkpoint}"
-    )
     raise NonFiniteLoss(
         f"step {step}: {', '.join(bad)} not finite ({numbers}). Records of the batch: "
-        f"{', '.join(record_ids)}. {resume[0].upper()}{resume[1:]}. Look at these records; if they "
+        f"{', '.join(record_ids)}. {resume_from(last_checkpoint)}. Look at these records; if they "
         "are fine, resume with a lower optim.lr, with optim.clip_norm=1.0, with a higher "
         "loss.temperature_min, or with model.dtype=float32"
     )
+
+
+def resume_from(last_checkpoint: int | None) -> str:
+    """A sentence for messages."""
+    if last_checkpoint is None:
+        return "No checkpoint was written yet"
+    return f"The last checkpoint is step {last_checkpoint}"
 
 
 class ProgressReporter:

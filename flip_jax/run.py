@@ -49,6 +49,13 @@ class Run:
                 f"{self.mesh.size} devices of the mesh, for example {fits or self.mesh.size} or "
                 f"{fits + self.mesh.size}"
             )
+        parts, devices = cfg.optim.accum_steps, self.mesh.size
+        if cfg.data.batch_size % (parts * devices):
+            raise ValueError(
+                f"config.optim.accum_steps={parts}: the {devices} devices of the mesh must divide "
+                f"each part of data.batch_size={cfg.data.batch_size}, "
+                f"{cfg.data.batch_size // parts} rows"
+            )
         distributed.check_shared(workdir)
         path = data_path(cfg, workdir)
         self.tokenizer = load_tokenizer(cfg)

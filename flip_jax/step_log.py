@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flip_jax import distributed
@@ -15,11 +16,13 @@ from flip_jax.config import Config
 from flip_jax.downstream.retrieval import Retrieval
 from flip_jax.metrics import (
     MetricsWriter,
+    NonFiniteLoss,
     ProgressReporter,
     StepTimer,
     check_finite,
     model_flops_per_pair,
     peak_flops,
+    resume_from,
 )
 from flip_jax.run import Run
 
@@ -118,8 +121,24 @@ class StepLog:
         return result
 
     def save(self, step: int, state: dict[str, Any], metrics: dict | None = None) -> None:
-        """Save a state whose losses are known to be finite."""
+        """Save a state whose losses and parameters are known to be finite.
+
+        Raises:
+          NonFiniteLoss: they are not; the losses of a step are those before its update.
+        """
         self.flush()
+        if not _all_finite(state["params"]):
+            raise NonFiniteLoss(
+                f"step {step}: its update left parameters that are not finite, and is not saved. "
+                f"{resume_from(self._saved)}. Resume with a lower optim.lr, with "
+                "optim.clip_norm=1.0 or with model.dtype=float32; are optim.beta1, beta2 and eps "
+                "as usual?"
+            )
         with self.timer.paused():
             self._run.checkpointer.save(step, state, metrics=metrics)
         self._saved = step
+
+
+@jax.jit
+def _all_finite(params: dict[str, Any]) -> Array:
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]))

@@ -6,6 +6,8 @@ import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -133,8 +135,12 @@ SEP, PAD = 3, 0
 def oracle(params, tokens, allowed, places, beams, penalty):
     """Beam search over whole texts, without a memory, one picture after the other."""
     found = []
+
+    def value(one):
+        return one[1] / (len(one[0]) - 1) ** penalty
+
     for image in tokens:
-        kept = [([48], 0.0)]
+        kept, ended = [([48], 0.0)], []
         for place in range(places - 1):
             candidates = []
             for words, score in kept:
@@ -146,7 +152,8 @@ def oracle(params, tokens, allowed, places, beams, penalty):
                 shares = np.asarray(jax.nn.log_softmax(logits[0, place]), np.float64)
                 candidates += [([*words, w], score + shares[w]) for w in np.flatnonzero(allowed)]
             kept = sorted(candidates, key=lambda c: -c[1])[:beams]
-        best = max(kept, key=lambda c: c[1] / (len(c[0]) - 1) ** penalty)
+            ended += [one for one in kept if one[0][-1] == SEP]
+        best = max(kept + ended, key=value)
         found.append(([int(w) for w in best[0]] + [PAD] * (places - len(best[0])), best[1]))
     return found
 
@@ -168,6 +175,38 @@ def test_same_words_as_a_search_without_memory(params, tokens, beams, penalty):
         assert ids[row].tolist() == words
         assert scores[row] == pytest.approx(score, abs=1e-4)
     assert len({tuple(row) for row in ids.tolist()}) > 1
+
+
+class Memory(NamedTuple):
+    """What the search hands on, of a toy that needs none."""
+
+    words: jax.Array
+
+
+@pytest.mark.parametrize(("beams", "penalty"), [(2, 0.0), (2, 1.0), (3, 0.0)])
+def test_a_caption_that_ended_is_not_forgotten(monkeypatch, beams, penalty):
+    """It ends at once with 0.30; two beams that go on have 0.32 next, and 0.04 in the end."""
+    pad, sep, dec = 0, 1, 5
+    table = np.full((6, 6), 1e-9, np.float32)  # next word by last word
+    table[dec, [2, sep, 3]] = 0.65, 0.30, 0.05
+    table[[2, 3]] = np.float32([1e-9, 0.01, 0.5, 0.49, 1e-9, 1e-9])
+    monkeypatch.setattr(captioner, "begin", lambda bert, tokens, places: Memory(tokens[None]))
+    monkeypatch.setattr(captioner, "step", lambda bert, last, place, memory: (last, memory))
+    model = SimpleNamespace(
+        dec_id=dec,
+        bert=SimpleNamespace(word_embed=jnp.zeros(1)),
+        caption_head=lambda last, _: jnp.log(table)[last],
+    )
+    allowed = np.isin(np.arange(6), (sep, 2, 3))
+    ends = {"sep_id": sep, "pad_id": pad, "places": 6}
+    options = {"beams": beams, "length_penalty": penalty}
+    ids, scores = write_captions(model, jnp.zeros((1, 1, 1)), allowed, **ends, **options)
+    if penalty:  # by the mean of its words the longer one is better: log 0.04 / 5
+        assert ids[0].tolist() == [dec, 2, 2, 2, 2, 2]
+        assert scores[0] == pytest.approx(np.log(0.65 * 0.5**4), abs=1e-4)
+    else:
+        assert ids[0].tolist() == [dec, sep, pad, pad, pad, pad]
+        assert scores[0] == pytest.approx(np.log(0.30), abs=1e-4)
 
 
 def test_enough_beams_find_the_likeliest_of_all_captions(params, tokens):

@@ -93,6 +93,14 @@ def test_bad_override(path, text, words):
         ("mesh.fsdp", 0, ["at least 1"]),
         ("loss.alpha_ramp_epochs", -1.0, ["at least 0"]),
         ("checkpoint.every_steps", 0, ["at least 1"]),
+        ("checkpoint.every_minutes", -1.0, ["above 0"]),
+        ("optim.clip_norm", 0.0, ["above 0"]),
+        ("optim.eps", 0.0, ["above 0"]),
+        ("optim.beta1", 1.0, ["[0, 1)"]),
+        ("optim.beta2", -0.1, ["[0, 1)"]),
+        ("seed", -1, ["at least 0"]),
+        ("eval.max_images", 0, ["at least 1"]),
+        ("model.vision.image_size", 0, ["multiple of model.vision.patch_size=16"]),
     ],
 )
 def test_bad_value(path, value, words):
@@ -104,6 +112,12 @@ def test_bad_value(path, value, words):
     with pytest.raises(ValueError, match=f"config.{path}=") as error:
         config.validate(put(config.Config(), path.split(".")))
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_tower_of_one_patch_is_legal_without_mim():
+    vision = dataclasses.replace(config.VisionConfig(), image_size=16)
+    model = dataclasses.replace(config.ModelConfig(), vision=vision)
+    assert config.validate(config.Config(model=model)).model.vision.patches == 1
 
 
 def test_wrong_type_inside_a_config_file():

@@ -379,6 +379,17 @@ def test_training_learns(backbone, data):
     jax.tree.map(np.testing.assert_array_equal, heads_of(backbone), before)
 
 
+def test_too_few_pictures_to_train_on(backbone, data):
+    faces = data.split("train")
+    one = faces.take(faces.groups == faces.groups[0])
+    asked = Settings(epochs=1, batch_size=8, queue_size=8)
+    cfg = training_config(asked.resolved(), 8, 8)
+    for few in (faces.take(range(3)), one.take([0, 1] * 4)):
+        pairs = TrainPairs(backbone, few, 1, NO_CACHE)
+        with pytest.raises(ValueError, match="a batch of 8 and two groups are needed"):
+            retrieval_heads.train_heads(cfg, backbone, pairs, None, None)
+
+
 def test_data_that_does_not_allow_it(backbone, data, tmp_path, model, capsys):
     source = data.split("test").source
     with RecordWriter(tmp_path / "bare", "by hand") as writer:

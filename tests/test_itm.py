@@ -125,16 +125,6 @@ def test_similarities_are_never_held_all_at_once():
     assert memory.temp_size_in_bytes < 2**27
 
 
-def test_no_gradient_through_the_draw():
-    image, text, group = unit(0, 6), unit(1, 6), jnp.arange(6)
-
-    def drawn(image, text, temperature):
-        negatives, _ = sample_hard_negatives(image, text, group, temperature, jax.random.key(0))
-        return jnp.sum(image[negatives["image"]] * 0.0) + jnp.sum(text[negatives["text"]] * 0.0)
-
-    assert not any(np.any(g) for g in jax.grad(drawn, argnums=(0, 1, 2))(image, text, 0.1))
-
-
 # The fused pass -----------------------------------------------------------------------------------
 
 

@@ -191,6 +191,16 @@ def test_a_loss_that_is_not_a_number_stops_the_run(data, tmp_path):
     assert checkpoint.read_meta(tmp_path)["step"] == 1
 
 
+def test_parameters_that_are_not_numbers_are_not_saved(data, tmp_path):
+    """Of the last update no later loss would tell. With beta1 = 1 Adam divides by zero."""
+    cfg = config.load(DEBUG)
+    for field, value in (("data.path", str(data)), ("epochs", "0.01"), ("optim.beta1", "1.0")):
+        cfg = config.override(cfg, field, value)
+    with pytest.raises(NonFiniteLoss, match=r"step 1: its update left.*No checkpoint was written"):
+        train(cfg, tmp_path)
+    assert checkpoint.complete_steps(tmp_path / checkpoint.FOLDER) == []
+
+
 def complain(capsys, *arguments):
     """The one line on stderr of a run that cannot start."""
     assert main.main(["--config", DEBUG, *map(str, arguments)]) == 1
@@ -221,6 +231,16 @@ def test_batch_that_does_not_fit_the_devices(capsys, tmp_path, data):
         *("--config.loss.queue_size=36",),
     )
     assert "config.data.batch_size=12: must be a multiple of the 8 devices" in message
+
+
+def test_parts_that_do_not_fit_the_devices(capsys, tmp_path, data):
+    message = complain(
+        capsys,
+        *("--workdir", tmp_path, f"--config.data.path={data}", "--config.data.batch_size=16"),
+        *("--config.loss.queue_size=32", "--config.optim.accum_steps=4"),
+    )
+    assert "config.optim.accum_steps=4: the 8 devices of the mesh must divide" in message
+    assert "data.batch_size=16, 4 rows" in message
 
 
 def test_vocabulary_of_another_size(capsys, tmp_path, data):

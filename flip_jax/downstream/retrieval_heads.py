@@ -87,6 +87,11 @@ def train_heads(
     """
     size, epochs = cfg.data.batch_size, int(cfg.epochs)
     steps = len(pairs) // size
+    groups = len(np.unique(pairs.faces.groups))
+    if not steps or groups < 2:
+        raise ValueError(
+            f"{len(pairs)} pictures of {groups} groups: a batch of {size} and two groups are needed"
+        )
     step = make_step(cfg, backbone, steps)
     state = init_state(cfg, heads_of(backbone), steps)
     kept, recalls, losses = [], [], []

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 Array = jax.Array
 
 # Rectangles that are drawn, of which the first ones hide as many patches as are asked for. Of
-# 20,000 draws of 78 patches of 14 x 14, 999 in a thousand needed five or fewer.
+# 20,000 draws of 78 patches of 14 x 14, 998 in a thousand needed five or fewer.
 _RECTANGLES = 16
 _LEAST_PATCHES = 16  # of a rectangle, if they are to be hidden at all
 _LEAST_ASPECT = 0.3  # height / width, or the inverse
