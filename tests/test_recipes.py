@@ -57,6 +57,11 @@ def test_the_small_config_is_the_reference_but_for_sizes_and_cures():
     assert small.data.batch_size / small.loss.local_batch == base.data.batch_size / 80
 
 
+def test_the_best_config_is_the_reference_but_for_what_was_measured():
+    best, base = (config.to_dict(config.load(ROOT / "configs" / n)) for n in ("best.py", "base.py"))
+    assert changed(base, best) == {"loss.candidates"} and best["loss"]["candidates"] == "global"
+
+
 def test_mean_deviation_and_interval():
     reference = {"0": {"x": 1.0}, "1": {"x": 2.0}, "2": {"x": 6.0}}
     runs = {"0": {"x": 2.0, "y": 1.0}, "1": {"x": 5.0}, "2": {"x": 8.0}}
