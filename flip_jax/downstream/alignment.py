@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,20 +24,11 @@ from flip_jax.downstream.dense_pictures import DenseBatches
 from flip_jax.downstream.dense_saved import save_dense
 from flip_jax.downstream.dense_training import DenseNet, Predict, TrainedDense, train_dense
 from flip_jax.downstream.face_data import DataLacks, FaceData
-from flip_jax.downstream.faces import Faces
+from flip_jax.downstream.faces import Faces, Splits
 from flip_jax.downstream.intervals import Interval, bootstrap, break_down, intervals, mean_of
 from flip_jax.downstream.task_report import TaskReport
 
 __all__ = ["OVERLAYS", "RECIPES", "Recipe", "Settings", "load_aligner", "run"]
-
-
-@dataclass(frozen=True)
-class _Data:
-    """Faces with landmarks, those of `train` in the order of the subsets."""
-
-    train: Faces
-    val: Faces
-    test: Faces
 
 
 def run(settings: Settings, backbone: Backbone, data: FaceData, out: Path) -> TaskReport:
@@ -85,7 +75,7 @@ def run(settings: Settings, backbone: Backbone, data: FaceData, out: Path) -> Ta
     )
 
 
-def _faces(settings: Settings, data: FaceData) -> tuple[_Data, Frame, dict[str, tuple[int, int]]]:
+def _faces(settings: Settings, data: FaceData) -> tuple[Splits, Frame, dict[str, tuple[int, int]]]:
     """Faces that can be used; per split how many with landmarks cannot, and how many had to be
     given a box."""
     train, val = data.train_and_val(settings.train_split, settings.val_split)
@@ -111,7 +101,7 @@ def _faces(settings: Settings, data: FaceData) -> tuple[_Data, Frame, dict[str, 
     if settings.augment.flip:
         flip_points(np.zeros(frame.points))  # before anything is trained: is the scheme known?
     order = np.random.default_rng(settings.seed).permutation(len(found["train"]))
-    return _Data(**found | {"train": found["train"].take(order)}), frame, counts
+    return Splits(**found | {"train": found["train"].take(order)}), frame, counts
 
 
 def _normalizer(settings: Settings, points: int) -> str:
@@ -139,7 +129,7 @@ def _train(
     pictures: int,
     net: DenseNet,
     frame: Frame,
-    faces: _Data,
+    faces: Splits,
     truth: dict[str, Truth],
 ) -> tuple[TrainedDense, np.ndarray]:
     """Trains on `faces.train`, as long as on `pictures`; what is found on the test split by the
@@ -170,7 +160,7 @@ def _outcome(
     trained: TrainedDense | None,
     predicted: np.ndarray,
     truth: Truth,
-    faces: _Data,
+    faces: Splits,
     by: dict[str, np.ndarray],
 ) -> Outcome:
     numbers = truth.numbers(predicted)

@@ -75,8 +75,6 @@ class Aligner:
                 for row, (place, image) in enumerate(zip(places, images, strict=True))
             ]
         )
-        # Not a whole batch for a picture or two.
-        batch_size = min(batch_size, 1 << (len(images) - 1).bit_length())
         maps = self._predict(squares, batch_size=batch_size)
         found = np.concatenate([point_of(one, frame.size) for one in maps])
         pairs = zip(places, np.float64(found), strict=True)

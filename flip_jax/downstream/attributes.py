@@ -20,7 +20,7 @@ from flip_jax.downstream.attribute_scores import METRICS, attribute_statistic, b
 from flip_jax.downstream.backbone import Backbone
 from flip_jax.downstream.columns import read_columns
 from flip_jax.downstream.face_data import DataLacks, FaceData
-from flip_jax.downstream.faces import Faces
+from flip_jax.downstream.faces import Faces, Splits
 from flip_jax.downstream.intervals import Breakdown, Interval, break_down, measure
 from flip_jax.downstream.probe import load_probe, save_probe
 from flip_jax.downstream.probe_training import Recipe, TrainedHead, train_head
@@ -48,15 +48,6 @@ class Settings:
     random_backbone: bool = True  # also the same on a random-initialised backbone
     by: str = ""  # columns to break the results down by, see `columns.read_columns`
     resamples: int = 1000  # of the bootstrap
-
-
-@dataclass(frozen=True)
-class _Data:
-    """Faces of the three splits, those of `train` in the order of the subsets."""
-
-    train: Faces
-    val: Faces
-    test: Faces
 
 
 @dataclass
@@ -122,7 +113,7 @@ def _check(settings: Settings) -> tuple[list[float], tuple[float, ...]]:
     return sorted(set(found[0])), tuple(found[1])
 
 
-def _faces(settings: Settings, data: FaceData) -> _Data:
+def _faces(settings: Settings, data: FaceData) -> Splits:
     train, val = data.train_and_val(settings.train_split, settings.val_split)
     test = data.split(settings.test_split)
     for faces in (train, val, test):
@@ -132,7 +123,7 @@ def _faces(settings: Settings, data: FaceData) -> _Data:
                 "`python -m flip_jax.data build` takes labels from columns named like CelebA's"
             )
     order = np.random.default_rng(settings.seed).permutation(len(train))
-    return _Data(train.take(order), val, test)
+    return Splits(train.take(order), val, test)
 
 
 def _states(head: str, backbone: Backbone, faces: Faces, data: FaceData) -> np.ndarray:
@@ -159,7 +150,7 @@ def _probe(
     settings: Settings,
     rates: tuple[float, ...],
     states: list[np.ndarray],
-    faces: _Data,
+    faces: Splits,
     size: int,
     by: dict[str, np.ndarray],
 ) -> _Row:
@@ -203,7 +194,7 @@ def _save(
     settings: Settings,
     backbone: Backbone,
     trained: TrainedHead,
-    faces: _Data,
+    faces: Splits,
     data: FaceData,
 ) -> None:
     described = data.describe()
@@ -224,7 +215,7 @@ def _line(row: _Row) -> str:
 
 def _report(
     settings: Settings,
-    faces: _Data,
+    faces: Splits,
     sizes: dict[float, int],
     rows: dict[str, dict[float, _Row]],
 ) -> TaskReport:

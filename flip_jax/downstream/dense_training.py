@@ -163,9 +163,11 @@ class DenseNet:
         """What the head says of pictures: float32 [n, ...] batch by batch, in order.
 
         Args:
-          squares: uint8 [N, S, S, 3], see `Backbone.map_rows`.
+          squares: uint8 [N, S, S, 3], at least one, see `Backbone.map_rows`.
           batch_size: pictures that run at once.
         """
+        # Not a whole batch for a picture or two.
+        batch_size = min(batch_size, 1 << (len(squares) - 1).bit_length())
         mesh = self.mesh_of(batch_size)
         arrays = jax.device_put(arrays, NamedSharding(mesh, P()))
         tower = self.tower_on(mesh)

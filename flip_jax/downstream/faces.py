@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -118,6 +119,15 @@ class Faces:
             "groups": int(self.groups.max()) + 1,
             "bad_records": len(self.bad),
         }
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What a task uses of a data set; those of `train` are in the order of the subsets."""
+
+    train: Faces
+    val: Faces
+    test: Faces
 
 
 class Pictures:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from flip_jax.downstream.dense_pictures import DenseBatches
 from flip_jax.downstream.dense_saved import save_dense
 from flip_jax.downstream.dense_training import DenseNet, Predict, TrainedDense, train_dense
 from flip_jax.downstream.face_data import DataLacks, FaceData
-from flip_jax.downstream.faces import Faces
+from flip_jax.downstream.faces import Faces, Splits
 from flip_jax.downstream.intervals import Statistic, break_down, measure
 from flip_jax.downstream.multitask_figure import OVERLAY, write_overlay
 from flip_jax.downstream.multitask_report import Row, multitask_report
@@ -36,15 +35,6 @@ __all__ = ["OVERLAY", "Settings", "load_reader", "run"]
 
 # Training pictures that the row `chance` is counted on, at most.
 _USUAL_PICTURES = 2000
-
-
-@dataclass(frozen=True)
-class _Data:
-    """Faces with mask and landmarks, those of `train` in the order of the subsets."""
-
-    train: Faces
-    val: Faces
-    test: Faces
 
 
 def run(settings: Settings, backbone: Backbone, data: FaceData, out: Path) -> TaskReport:
@@ -89,7 +79,7 @@ def run(settings: Settings, backbone: Backbone, data: FaceData, out: Path) -> Ta
     return multitask_report(settings, frame, vars(faces), sizes, rows, chance.numbers)
 
 
-def _faces(settings: Settings, data: FaceData) -> tuple[_Data, Frame]:
+def _faces(settings: Settings, data: FaceData) -> tuple[Splits, Frame]:
     train, val = data.train_and_val(settings.train_split, settings.val_split)
     found, numbers = {}, set()
     for name, faces in {
@@ -116,15 +106,15 @@ def _faces(settings: Settings, data: FaceData) -> tuple[_Data, Frame]:
     if settings.augment.flip:
         flip_points(np.zeros(frame.points))  # before anything is trained: is the scheme known?
     order = np.random.default_rng(settings.seed).permutation(len(found["train"]))
-    return _Data(**found | {"train": found["train"].take(order)}), frame
+    return Splits(**found | {"train": found["train"].take(order)}), frame
 
 
-def _test(frame: Frame, faces: _Data) -> tuple[Faces, Truth]:
+def _test(frame: Frame, faces: Splits) -> tuple[Faces, Truth]:
     return faces.test, Truth.of(frame.marks, faces.test)
 
 
 def _train(
-    settings: Settings, pictures: int, net: DenseNet, frame: Frame, faces: _Data
+    settings: Settings, pictures: int, net: DenseNet, frame: Frame, faces: Splits
 ) -> tuple[TrainedDense, Predict]:
     """Trains on `faces.train`, as long as on `pictures`; what the epoch best on validation says."""
     recipe = settings.dense_recipe(len(faces.train), pictures)
@@ -153,7 +143,7 @@ def _score(frame: Frame, statistic: Statistic, rows: int) -> float:
 def _row(
     settings: Settings,
     statistic: Statistic,
-    faces: _Data,
+    faces: Splits,
     by: dict[str, np.ndarray],
     trained: TrainedDense | None = None,
 ) -> Row:

@@ -54,8 +54,6 @@ class FaceReader:
             return []
         pixels = [read_pixels(image, row) for row, image in enumerate(images)]
         pictures = [DensePicture(image, None, None, None) for image in pixels]
-        # Not a whole batch for a picture or two.
-        batch_size = min(batch_size, 1 << (len(pictures) - 1).bit_length())
         place = self._frame.masks.place
         squares = np.stack([place(one).place_image(one.image) for one in pictures])
         maps = np.concatenate(list(self._predict(squares, batch_size=batch_size)))

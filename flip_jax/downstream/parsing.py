@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from flip_jax.downstream.dense_pictures import DenseBatches, read_picture
 from flip_jax.downstream.dense_saved import save_dense
 from flip_jax.downstream.dense_training import DenseNet, Predict, TrainedDense, train_dense
 from flip_jax.downstream.face_data import DataLacks, FaceData
-from flip_jax.downstream.faces import Faces
+from flip_jax.downstream.faces import Faces, Splits
 from flip_jax.downstream.intervals import Interval, break_down, measure
 from flip_jax.downstream.parsing_figure import OVERLAYS, write_overlays
 from flip_jax.downstream.parsing_metrics import METRICS, parsing_statistic, picture_f1
@@ -33,15 +32,6 @@ __all__ = ["OVERLAYS", "RECIPES", "Recipe", "Settings", "load_parser", "run"]
 
 # Training pictures that the row `chance` is counted on, at most.
 _PRIOR_PICTURES = 2000
-
-
-@dataclass(frozen=True)
-class _Data:
-    """Faces with masks, those of `train` in the order of the subsets."""
-
-    train: Faces
-    val: Faces
-    test: Faces
 
 
 def run(settings: Settings, backbone: Backbone, data: FaceData, out: Path) -> TaskReport:
@@ -84,7 +74,7 @@ def run(settings: Settings, backbone: Backbone, data: FaceData, out: Path) -> Ta
     )
 
 
-def _faces(settings: Settings, data: FaceData) -> _Data:
+def _faces(settings: Settings, data: FaceData) -> Splits:
     train, val = data.train_and_val(settings.train_split, settings.val_split)
     found = []
     for faces in (train, val, data.split(settings.test_split)):
@@ -103,7 +93,7 @@ def _faces(settings: Settings, data: FaceData) -> _Data:
         found.append(faces)
     train, val, test = found
     order = np.random.default_rng(settings.seed).permutation(len(train))
-    return _Data(train.take(order), val, test)
+    return Splits(train.take(order), val, test)
 
 
 def class_names(data: FaceData, faces: Faces) -> tuple[str, ...]:
@@ -119,7 +109,7 @@ def _train(
     pictures: int,
     net: DenseNet,
     frame: Frame,
-    faces: _Data,
+    faces: Splits,
     by: dict[str, np.ndarray],
 ) -> tuple[Row, Predict]:
     """Trains on `faces.train`, as long as on `pictures`; scores on the test split by the epoch best
@@ -149,7 +139,7 @@ def _train(
     return row, predict
 
 
-def _measure(settings: Settings, confusions: np.ndarray, faces: _Data) -> list[Interval]:
+def _measure(settings: Settings, confusions: np.ndarray, faces: Splits) -> list[Interval]:
     options = {"resamples": settings.resamples, "seed": settings.seed}
     return measure(parsing_statistic(confusions), faces.test.groups, **options)
 

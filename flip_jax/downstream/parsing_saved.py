@@ -65,8 +65,6 @@ class Parser:
             DensePicture(read_pixels(image, row), None, own, None)
             for row, (image, own) in enumerate(zip(images, points, strict=True))
         ]
-        # Not a whole batch for a picture or two.
-        batch_size = min(batch_size, 1 << (len(pictures) - 1).bit_length())
         placed = [self._frame.place(one).place_image(one.image) for one in pictures]
         maps = np.concatenate(list(self._predict(np.stack(placed), batch_size=batch_size)))
         return [self._frame.labels(*pair) for pair in zip(maps, pictures, strict=True)]
