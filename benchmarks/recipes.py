@@ -4,7 +4,8 @@
     python benchmarks/recipes.py --out runs/recipes --time
 
 `--config` is the first row, `reference`; every other row changes one thing of it, see `RECIPES`.
-After each run the tasks of `TASKS` that the data allows are run on its checkpoint. What is there
+After each run the tasks of `TASKS` that the data allows are run on its checkpoint; with
+`--dense real=data/masks` also parsing and alignment on that data, for runs on `real`. What is there
 already is not done again, so the command goes on where it stopped; it writes `recipes.md` and
 `recipes.json` into OUT whenever a run is finished. `--attributes.epochs=50` and the like set fields
 of the tasks. `--time` measures a step of each recipe, in turns, and adds that column: on a machine
@@ -21,7 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from flip_jax.downstream.__main__ import set_fields
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ("attributes", "parsing", "alignment")  # those of them that exist
+DENSE = ("parsing", "alignment")
 
 Recipe = Callable[[Config], Config]
 
@@ -96,6 +98,11 @@ def main() -> None:
     settings = set_fields(_task_settings(), fields)
     cfg = config.load(args.config)
     sets = dict(_data_set(item, cfg, args.out) for item in args.data)
+    dense: dict[str, list[Path]] = {name: [] for name in sets}
+    for name, path in (_named(item, "--dense") for item in args.dense):
+        if name not in dense:
+            raise ValueError(f"--dense {name}=...: there is no --data of that name")
+        dense[name].append(path)
     command = shlex.join(["python", "benchmarks/recipes.py", *sys.argv[1:]])
     if args.time:
         times = step_times({row: RECIPES[row][1](cfg) for row in args.recipes}, args.steps)
@@ -105,7 +112,8 @@ def main() -> None:
         for seed in range(args.seeds):
             for name, path in sets.items():
                 for row in args.recipes:
-                    run(row, cfg, seed, args.pairs, path, args.out / name, settings)
+                    folder = args.out / name
+                    run(row, cfg, seed, args.pairs, path, folder, settings, dense[name])
                     _write_table(args, cfg, command)
     print(_write_table(args, cfg, command))
 
@@ -117,6 +125,7 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
     add = parser.add_argument
     add("--config", type=Path, default=ROOT / "configs" / "recipes.py", help="the first row")
     add("--data", action="append", help="`drawn` (the config's) or NAME=FOLDER; several times")
+    add("--dense", action="append", default=[], help="NAME=FOLDER: masks or points for its runs")
     add("--out", type=Path, default=Path("runs/recipes"))
     add("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES), help="all of them")
     add("--seeds", type=int, default=3, help="0 up to this many minus 1; 3")
@@ -136,11 +145,16 @@ def _task_settings() -> suite.Settings:
 
 def _data_set(item: str, cfg: Config, out: Path) -> tuple[str, Path]:
     """(name, folder) of one `--data`."""
-    name, _, path = item.partition("=")
     if item == "drawn":
-        return name, write_drawn(cfg.data.drawn, out / "data")
+        return item, write_drawn(cfg.data.drawn, out / "data")
+    return _named(item, "--data")
+
+
+def _named(item: str, option: str) -> tuple[str, Path]:
+    name, _, path = item.partition("=")
     if not path:
-        raise ValueError(f"--data {item}: must be `drawn` or NAME=FOLDER")
+        also = "`drawn` or " if option == "--data" else ""
+        raise ValueError(f"{option} {item}: must be {also}NAME=FOLDER")
     load_manifest(path)
     return name, Path(path)
 
@@ -161,9 +175,18 @@ def row_config(row: str, cfg: Config, seed: int, pairs: int, data: Path) -> Conf
 
 
 def run(
-    row: str, cfg: Config, seed: int, pairs: int, data: Path, out: Path, settings: suite.Settings
+    row: str,
+    cfg: Config,
+    seed: int,
+    pairs: int,
+    data: Path,
+    out: Path,
+    settings: suite.Settings,
+    dense: Sequence[Path] = (),
 ) -> None:
     """Trains, unless that is done, and runs the tasks that are not done yet.
+
+    Args: dense: data sets that parsing and alignment are run on besides.
 
     Raises:
       ValueError: the folder of this run is of another config.
@@ -185,8 +208,14 @@ def run(
     if row != "reference" or seed:  # one random backbone is enough: all have the same shape
         parts = {n: replace(getattr(settings, n), random_backbone=False) for n in _tasks(settings)}
         settings = replace(settings, **parts)
+    _run_tasks(settings, workdir, data, "tasks")
+    for number, path in enumerate(dense):
+        _run_tasks(replace(settings, tasks=" ".join(DENSE)), workdir, path, f"tasks-dense-{number}")
+
+
+def _run_tasks(settings: suite.Settings, workdir: Path, data: Path, out: str) -> None:
     with tempfile.TemporaryDirectory() as cache:
-        given = {"checkpoint": [str(workdir)], "data": data, "out": workdir / "tasks"}
+        given = {"checkpoint": [str(workdir)], "data": data, "out": workdir / out}
         options = {"cache": Path(cache), "tokenizer": None, "limit": None, "threads": 2}
         args = argparse.Namespace(**given, **options, batch_size=64, dtype="float32")
         suite.run(settings, args, ["python", "benchmarks/recipes.py", *sys.argv[1:]])

@@ -75,7 +75,7 @@ def _numbers(workdir: Path) -> dict[str, float]:
 def _task_numbers(workdir: Path, backbone: str) -> dict[str, float]:
     found = {}
     for name, (task, metrics) in TASK_METRICS.items():
-        for path in workdir.glob(f"tasks/*/{task}/report.json"):
+        for path in sorted(workdir.glob(f"tasks*/*/{task}/report.json")):
             result = json.loads(path.read_text())["results"].get(backbone, {})
             for metric in metrics:
                 if name not in found and metric in result:

@@ -76,6 +76,42 @@ def test_mean_deviation_and_interval():
     assert recipes_table.half_width([1.0]) is None
 
 
+def test_dense_tasks_on_data_of_their_own(tmp_path, monkeypatch, drawn):
+    """Asked for by the name of the training data; run on each, found by the table."""
+    assert recipes._named(f"real={drawn}", "--dense") == ("real", drawn)
+    with pytest.raises(ValueError, match="--dense real: must be NAME=FOLDER"):
+        recipes._named("real", "--dense")
+    with pytest.raises(ValueError, match="--data real: must be `drawn` or NAME=FOLDER"):
+        recipes._named("real", "--data")
+    ran = []
+
+    def run_suite(settings, args, command):
+        ran.append((settings.tasks, args.data, args.out.name))
+        for task, metric in (("attributes", "AP"), ("parsing", "F1"), ("alignment", "NME ocular")):
+            if task in settings.tasks and (task == "attributes") == (args.data == drawn):
+                folder = args.out / "x" / task
+                folder.mkdir(parents=True)
+                results = {"trained": {metric: {"value": len(ran)}}}
+                (folder / "report.json").write_text(json.dumps({"results": results}))
+
+    monkeypatch.setattr(recipes.suite, "run", run_suite)
+    workdir = tmp_path / "sentence-1"
+    workdir.mkdir()
+    (workdir / "results.json").write_text("{}")
+    settings = recipes._task_settings()
+    settings = recipes.replace(settings, tasks="attributes")
+    recipes.run(
+        "sentence", DEBUG, 1, 80, drawn, tmp_path, settings, [Path("masks"), Path("points")]
+    )
+    assert ran == [
+        ("attributes", drawn, "tasks"),
+        ("parsing alignment", Path("masks"), "tasks-dense-0"),
+        ("parsing alignment", Path("points"), "tasks-dense-1"),
+    ]
+    numbers = recipes_table._task_numbers(workdir, "trained")
+    assert numbers == {"probe AP": 1, "parsing F1": 2, "alignment NME": 2}
+
+
 @pytest.mark.release
 def test_the_command(tmp_path):
     """Two recipes, one stopped and gone on with; the second call does nothing but the table."""
