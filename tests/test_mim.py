@@ -146,7 +146,10 @@ def test_learns_to_guess_a_fixed_batch():
     [
         (["loss.weights.mim=1"], r"model\.mim_depth=0: must be 1 or more with loss\.weights\.mim"),
         (["model.mim_depth=1"], r"model\.mim_depth=1: must be 0 with loss\.weights\.mim=0"),
-        (["loss.mim_share=0.999"], r"loss\.mim_share=0\.999: must hide 1 to all but 1 of the 196"),
+        (
+            ["loss.weights.mim=1", "model.mim_depth=1", "loss.mim_share=0.999"],
+            r"loss\.mim_share=0\.999: must hide 1 to all but 1 of the 196",
+        ),
         (["loss.mim_target=tokens"], r"loss\.mim_tokenizer=None: must be the folder of a visual"),
         (["loss.mim_tokenizer=a"], r"loss\.mim_tokenizer='a': must be None with .*=pixels"),
         (
