@@ -80,7 +80,8 @@ def _validate_training(cfg: Config) -> None:
     _at_least(cfg, 1, "eval.max_images")
     for name in ("optim.lr", "optim.eps", "optim.clip_norm", "checkpoint.every_minutes"):
         value = operator.attrgetter(name)(cfg)
-        _require(value is None or value > 0, name, value, "must be above 0")
+        off = ", or None" if name in ("optim.clip_norm", "checkpoint.every_minutes") else ""
+        _require(value is None or value > 0, name, value, f"must be above 0{off}")
     for name in ("beta1", "beta2"):
         value = getattr(cfg.optim, name)
         _require(0 <= value < 1, f"optim.{name}", value, "must be in [0, 1)")

@@ -54,7 +54,7 @@ class Run:
             raise ValueError(
                 f"config.optim.accum_steps={parts}: the {devices} devices of the mesh must divide "
                 f"each part of data.batch_size={cfg.data.batch_size}, "
-                f"{cfg.data.batch_size // parts} rows"
+                f"{cfg.data.batch_size // parts} rows; take fewer parts or a larger batch"
             )
         distributed.check_shared(workdir)
         path = data_path(cfg, workdir)

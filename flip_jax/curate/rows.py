@@ -206,7 +206,7 @@ def _checked(row: Row, cfg: InputConfig) -> Row:
 
 
 def _text(value: Any) -> str | None:
-    return cell_text(value) or None
+    return cell_text(value).strip() or None
 
 
 def texts_of(value: Any) -> list[str]:

@@ -158,7 +158,7 @@ def cell_text(value: Any) -> str:
         return ""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return str(value).strip()
+    return str(value)
 
 
 def attribute_labels(table: pa.Table, zeros: bool | None = None) -> np.ndarray:
