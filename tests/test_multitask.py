@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 import tiny_downstream
 from flax import nnx
+from matplotlib.figure import Figure
 
 from flip_jax.data.attributes import ATTRIBUTES
 from flip_jax.data.drawn_faces import PARSING_CLASSES, draw_face
 from flip_jax.data.record_writer import RecordWriter
 from flip_jax.data.records import RecordSource
 from flip_jax.data.transforms import BadImage
+from flip_jax.downstream import multitask_figure
 from flip_jax.downstream.alignment_scoring import Truth, metrics_of
 from flip_jax.downstream.attribute_scores import attribute_statistic
 from flip_jax.downstream.backbone import Backbone
 from flip_jax.downstream.dense_augment import Augment
-from flip_jax.downstream.dense_pictures import read_picture
+from flip_jax.downstream.dense_pictures import DensePicture, read_picture
 from flip_jax.downstream.face_data import DataLacks, FaceData
 from flip_jax.downstream.multitask import OVERLAY, Settings, load_reader
 from flip_jax.downstream.multitask_scoring import Frame, Reading, joint_loss
@@ -158,6 +160,18 @@ def test_the_truth_is_read_back(data):
     found = dict(zip(frame.metrics(), statistic(np.ones((1, len(faces))))[0], strict=True))
     assert found["F1"] > 95 and found["NME ocular"] < 0.5
     assert found["accuracy"] == found["AP"] == 100
+
+
+def test_brackets_around_what_is_not_labelled_so():
+    labels = np.full(40, -1, np.int8)
+    labels[:2] = 1, 0
+    shares = np.where(np.arange(40) < 3, 0.9 - 0.1 * np.arange(40), 0.1).astype(np.float32)
+    image = np.zeros((4, 4, 3), np.uint8)
+    picture = DensePicture(image, None, None, None, attributes=labels)
+    axis = Figure().subplots()
+    found = Reading(np.zeros((4, 4), np.uint8), np.zeros((2, 2), np.float32), shares)
+    multitask_figure._face(axis, picture, found, np.zeros((1, 3)))
+    assert axis.get_title() == "5 o Clock Shadow\n(Arched Eyebrows)\n(Attractive)"
 
 
 @pytest.fixture(scope="module")

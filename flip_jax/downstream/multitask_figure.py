@@ -50,7 +50,8 @@ def _face(axis: Axes, picture: DensePicture, found: Reading, colours: np.ndarray
     axis.plot(*found.points.T, ".", color="white", markersize=2)
     axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
     sure = [k for k in np.argsort(-found.attributes)[:_NAMED] if found.attributes[k] > 0.5]
-    names = [ATTRIBUTES[k] if picture.attributes[k] else f"({ATTRIBUTES[k]})" for k in sure]
+    labelled = picture.attributes == 1
+    names = [ATTRIBUTES[k] if labelled[k] else f"({ATTRIBUTES[k]})" for k in sure]
     axis.set_title("\n".join(name.replace("_", " ") for name in names), fontsize=7)
 
 
