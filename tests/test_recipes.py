@@ -129,7 +129,7 @@ def test_the_command(tmp_path):
 
     first, second = call(), call()
     assert "== drawn, sentence, seed 0" in first and "== drawn, sentence" not in second
-    assert second.count("is done, with the same weights") == 2
+    assert second.count("is done, with the same weights") == 2 * len(recipes.TASKS)
     assert "reference" in call("--time", "--steps=2")
     page = (tmp_path / "recipes.md").read_text().splitlines()
     assert page[0].startswith("| data | recipe | seeds | mean recall, cosine |")
