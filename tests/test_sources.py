@@ -319,6 +319,24 @@ def test_drawn_records(tmp_path):
         assert set(np.unique(record.attributes)) <= {0, 1}
 
 
+def test_drawn_men_without_a_beard_are_not_told_to_have_one(tmp_path):
+    cfg = dataclasses.replace(DRAWN, train_identities=100, pictures=1, captions=8)
+    records = RecordSource(write_drawn(cfg, tmp_path / "drawn", processes=1), "train")
+    hair = ATTRIBUTE_INDEX["Mustache"], ATTRIBUTE_INDEX["Sideburns"]
+    beards = ATTRIBUTE_INDEX["Goatee"], ATTRIBUTE_INDEX["5_o_Clock_Shadow"]
+    found = [
+        record
+        for record in records
+        if record.attributes[[*hair]].any() and not record.attributes[[*beards]].any()
+    ]
+    assert len(found) >= 5
+    for record in found:
+        assert record.attributes[ATTRIBUTE_INDEX["No_Beard"]] == 0, "labelled as in CelebA"
+        text = " ".join(record.captions)
+        assert "beard" not in text and "shaven" not in text, text
+        assert "mustache" in text or "sideburns" in text, text
+
+
 def test_drawn_bytes_do_not_depend_on_processes(tmp_path, monkeypatch):
     one = write_drawn(DRAWN, tmp_path / "one", processes=1)
     monkeypatch.setattr(sources, "_PICTURES_PER_PROCESS", 5)  # two processes for ten pictures

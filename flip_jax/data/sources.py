@@ -22,7 +22,7 @@ import pyarrow.parquet
 from tqdm import tqdm
 
 from flip_jax.config import DrawnConfig
-from flip_jax.data.attributes import ATTRIBUTES, UNKNOWN
+from flip_jax.data.attributes import ATTRIBUTE_INDEX, ATTRIBUTES, UNKNOWN
 from flip_jax.data.captions import captions
 from flip_jax.data.drawn_faces import PARSING_CLASSES, draw_face
 from flip_jax.data.record_build import BuildReport, Finished, Rejected, write_records
@@ -48,6 +48,7 @@ _READERS = {
     ),
     ".jsonl": lambda path, texts: pyarrow.json.read_json(path),
 }
+_NO_BEARD = ATTRIBUTE_INDEX["No_Beard"]
 # Below this many pictures a second process costs more than it saves.
 _PICTURES_PER_PROCESS = 100
 
@@ -388,12 +389,13 @@ def _draw(task: _Task) -> tuple[str, Record]:
     split, cfg, identity, picture = task
     face = draw_face(cfg.seed, identity, picture, cfg.size)
     record_id = f"drawn:{identity}/{picture}"
+    seed = group_number(f"{cfg.seed}:{record_id}")
     _, mask = cv2.imencode(".png", face.mask)
     record = Record(
         id=record_id,
         group_id=f"drawn:{identity}",
         image=encode_jpeg(face.image),
-        captions=captions(face.attributes, group_number(f"{cfg.seed}:{record_id}"), cfg.captions),
+        captions=captions(_told(face.attributes), seed, cfg.captions),
         attributes=face.attributes,
         box=face.box,
         landmarks=face.landmarks,
@@ -401,3 +403,15 @@ def _draw(task: _Task) -> tuple[str, Record]:
         polylines=join_strokes(face.strokes),
     )
     return split, record
+
+
+def _told(attributes: np.ndarray) -> np.ndarray:
+    """The labels of a drawn face as its captions tell them.
+
+    As in CelebA, a man with nothing but a mustache or sideburns is not labelled `No_Beard`, of
+    which the grammar makes "a beard". No full beard is ever drawn, so that would be wrong.
+    """
+    told = attributes.copy()
+    if told[_NO_BEARD] == 0:
+        told[_NO_BEARD] = UNKNOWN
+    return told
