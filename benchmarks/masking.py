@@ -11,7 +11,8 @@ contrastive, batches of 24: the sigmoid loss alone, as in the papers on masking,
 
 Each with all 196 patches, half and a quarter of them. `half` has half the width in both towers and
 twelve layers: a quarter of the work, much the same shares. `work` is what
-`metrics.model_flops_per_pair` counts, the least that the time can come to. The last line is JSON.
+`metrics.model_flops_per_pair` counts: what the time would come to if all products ran equally fast
+and nothing else took any. The last line is JSON.
 """
 
 from __future__ import annotations

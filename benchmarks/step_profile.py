@@ -1,6 +1,6 @@
 """Where the time of a training step goes on the CPU, and what its matrix products alone would take.
 
-    python benchmarks/step_profile.py [--size base|half] [--batch 8] [--remat dots]
+    python benchmarks/step_profile.py [--size base|half] [--batch 8] [--remat dots] [--keep 49]
 
 Runs the full recipe on grammar captions under XLA's profiler and sorts what it executed by kind.
 Operations that run side by side count with their own times, so shares are of the sum. `limit` is
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import steps
+from benchmarks.masking import masked
 from flip_jax.compile.hlo import Instruction, Module
 
 # Kind -> how the names of such operations start; the first that fits counts.
@@ -47,9 +48,11 @@ def main() -> None:
     parser.add_argument("--size", choices=steps.CONFIGS, default="base")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--remat", choices=("none", "dots", "full"), default="dots")
+    parser.add_argument("--keep", type=int, default=196, help="patches of 196, see masking.py")
     args = parser.parse_args()
     cfg = steps.CONFIGS[args.size](args.batch)
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, remat=args.remat))
+    cfg = masked(cfg, args.keep)
     batch = steps.cut(steps.make_batch(steps.grammar_lengths(args.batch)))
     step = steps.Step(cfg)
     step(batch)
@@ -74,6 +77,7 @@ def main() -> None:
         "size": args.size,
         "batch": args.batch,
         "remat": args.remat,
+        "keep": args.keep,
         "kinds": {name: dataclasses.asdict(found) for name, found in kinds.items()},
         "step_seconds": seconds,
         "product_flops_per_second": rate,

@@ -35,6 +35,10 @@ class VisionConfig:
     # Patch masking (arXiv 2212.00794): number of patches the training pass keeps; None = all.
     # Evaluation and momentum twins always see all patches.
     keep_patches: int | None = None
+    # How training computes attention among patches. `flash`: by a fused kernel, which keeps no
+    # weights for the backward pass: cuDNN's on GPUs (with dtype bfloat16), splash attention on
+    # TPUs; elsewhere, and in evaluation, it is `plain`.
+    attention: Literal["plain", "flash"] = "plain"
 
     @property
     def patches(self) -> int:

@@ -15,6 +15,7 @@ COMPUTE_FIELDS = (
     "model.dtype",
     "model.remat",
     "model.vision.keep_patches",
+    "model.vision.attention",
     "model.text.dropout",
     "model.text.max_length",
     "model.text.init_std",

@@ -214,6 +214,23 @@ def test_a_step_for_tpu(tmp_path):
 
 
 @needs_libtpu
+def test_flash_attention_for_tpu(tmp_path):
+    """Its kernel compiles in the whole step, on several chips, and keeps no attention weights."""
+    tower = "vision.image_size=96", "vision.patch_size=4", "vision.depth=3", "text.depth=2"
+    sizes = (f"--config.model.{field}" for field in tower)  # 577 tokens
+    options = "--config", "configs/debug.py", *sizes, "--topology", "v5e:2x2"
+    temporaries = {}
+    for how in ("plain", "flash"):
+        out, hlo = tmp_path / f"{how}.json", tmp_path / f"{how}.hlo"
+        changed = f"--config.model.vision.attention={how}"
+        child = command(*options, changed, "--json", str(out), "--hlo", str(hlo))
+        assert child.returncode == FITS, child.stderr
+        temporaries[how] = json.loads(out.read_text())["memory"]["temporaries"]
+        assert ("tpu_custom_call" in hlo.read_text()) == (how == "flash")
+    assert temporaries["flash"] < 0.6 * temporaries["plain"]
+
+
+@needs_libtpu
 def test_a_state_that_is_too_large_is_not_compiled(tmp_path):
     out = tmp_path / "step.json"
     child = command(

@@ -239,6 +239,40 @@ def test_groups_agree_with_a_run(mesh):
     assert sums == sorted(np.asarray(compiled(x)).tolist())
 
 
+def test_a_kernels_call_over_several_lines():
+    """As libtpu writes it; the lines in between start like the end of a computation."""
+    text = """
+%body (state: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %state = (s32[], f32[4]) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %x = f32[4] get-tuple-element(%state), index=1
+  %one = s32[] constant(1)
+  %kernel = f32[4] custom-call(%x), frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="attention"}
+  %next = s32[] add(%i, %one)
+  ROOT %out = (s32[], f32[4]) tuple(%next, %kernel)
+}
+
+%condition (state: (s32[], f32[4])) -> pred[] {
+  %state = (s32[], f32[4]) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %stop = s32[] constant(12)
+  ROOT %less = pred[] compare(%i, %stop), direction=LT
+}
+
+ENTRY %main (x: f32[4]) -> (s32[], f32[4]) {
+  %x = f32[4] parameter(0)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[4]) tuple(%zero, %x)
+  ROOT %loop = (s32[], f32[4]) while(%start), condition=%condition, body=%body
+}
+"""
+    module = Module(text)
+    assert {i.name: times for _, i, times in module.executed()}["kernel"] == 12
+    assert not module.unknown_loops
+
+
 def test_unreadable_text():
     with pytest.raises(ValueError, match="no ENTRY"):
         Module("nothing")

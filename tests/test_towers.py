@@ -18,7 +18,8 @@ from flip_jax import config
 from flip_jax.config import ModelConfig, TextConfig, VisionConfig
 from flip_jax.convert import torch_flip
 from flip_jax.models import flip
-from flip_jax.models.layers import attend, dropout, scan_blocks
+from flip_jax.models.attention import attend
+from flip_jax.models.layers import dropout, scan_blocks
 from flip_jax.models.vit import keep_random_patches
 
 torch = pytest.importorskip("torch", reason="the reference towers need PyTorch (extra `torch`)")

@@ -120,7 +120,7 @@ class Module:
     def _read(self, text: str) -> None:
         current = None
         for line in text.splitlines():
-            if line.startswith("}"):
+            if line.rstrip() == "}":  # a kernel's call may have lines that start so
                 current = None
             elif current is None:
                 if header := _HEADER.match(line):

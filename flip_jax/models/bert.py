@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flip_jax.config import TextConfig
+from flip_jax.models.attention import Attention
 from flip_jax.models.layers import (
-    Attention,
     Mlp,
     dropout,
     exact_gelu,

@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 
 from flip_jax.config import VisionConfig
+from flip_jax.models.attention import Attention
 from flip_jax.models.layers import (
-    Attention,
     Mlp,
     layer_norm,
     normal,
@@ -47,6 +47,7 @@ class VisionBlock(nnx.Module):
     def __init__(self, cfg: VisionConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         # CLIP's initial widths: the residual branches shrink with depth.
         branch_std = cfg.width**-0.5 * (2 * cfg.depth) ** -0.5
+        self.flash = cfg.attention == "flash"
         self.ln_attn = layer_norm(cfg.width, EPSILON, dtype, rngs)
         self.attn = Attention(
             cfg.width,
@@ -73,7 +74,7 @@ class VisionBlock(nnx.Module):
         keys_values = self.attn.keys_values(h)
         if first_only:
             x, h = x[:, :1], h[:, :1]
-        x = x + self.attn(h, keys_values)
+        x = x + self.attn(h, keys_values, flash=self.flash and not first_only)
         return x + self.mlp(self.ln_mlp(x))
 
 
