@@ -94,7 +94,9 @@ def _fraction_table(sizes: Mapping[float, int], rows: Mapping[str, Mapping[float
             last = float(row.trained.test[-1])
             lines.append([*start, row.trained.epoch, last, row.trained.best_on_test])
     columns = ["labels", "pictures", "backbone", *METRICS, "epoch", "F1, last epoch"]
-    return Table("By share of the training pictures", [*columns, "F1, best on test"], lines)
+    columns.append("F1, best on test")
+    note = "Every share is trained for as many steps: fewer pictures are shown more often."
+    return Table("By share of the training pictures", columns, lines, note)
 
 
 def _class_table(names: tuple[str, ...], each: Mapping[str, list[Interval]]) -> Table:
