@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -21,6 +22,12 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("give pictures or --data, one of them")
         if args.data is not None and args.out is None:
             raise ValueError("--data needs --out, a file for the captions")
+        if args.data is None and (args.split is not None or args.limit is not None):
+            raise ValueError("--split and --limit are of --data")
+        if args.out is not None and args.out.is_dir():
+            raise ValueError(f"--out={args.out} is a folder; give a file for the captions")
+        if not math.isfinite(args.length_penalty):
+            raise ValueError(f"--length-penalty={args.length_penalty}: must be a finite number")
         # After the command line is known to be well formed: importing JAX takes seconds.
         _run(args)
     except (ValueError, OSError) as error:
@@ -41,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     add("pictures", nargs="*", metavar="PICTURE", help="files")
     add("--checkpoint", required=True, help="workdir, checkpoint or export")
     add("--data", type=Path, help="folder of records, see docs/data.md")
-    add("--split", default="test", help="of the data; test")
+    add("--split", help="of the data; test")
     add("--limit", type=int, help="at most so many records")
     add("--out", type=Path, help="file to write; for pictures default: print them")
     add("--beams", type=int, default=1, help="captions followed side by side; 1 = greedy")
@@ -71,7 +78,7 @@ def _run(args: argparse.Namespace) -> None:
         names, pictures = args.pictures, args.pictures
     else:
         faces = FaceData(args.data, model.cfg.model.vision.image_size, limit=args.limit)
-        faces = faces.split(args.split)
+        faces = faces.split(args.split or "test")
         names, pictures = faces.ids, faces.images
     captions = []
     for start in range(0, len(names), args.batch_size):

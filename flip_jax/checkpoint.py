@@ -188,6 +188,12 @@ class Checkpointer:
         meta = read_step_meta(folder)
         check_same_run(meta, self._meta, folder)
         trees = {}
+        if missing := sorted(set(_items(target_state)) - set(meta["arrays"])):
+            raise ValueError(
+                f"{folder} has no {', '.join(missing)}, which this run needs (the one that wrote "
+                "it had no contrastive loss?). Start in a new workdir, from its weights: "
+                "--config.init.checkpoint="
+            )
         for item, tree in _items(target_state).items():
             leaves = _read_arrays(folder, item, meta["arrays"][item], named_leaves(tree))
             trees[item] = jax.tree.unflatten(jax.tree.structure(tree), leaves.values())

@@ -110,6 +110,8 @@ def _validate_data(cfg: Config) -> None:
     _at_least(cfg, 0, "data.threads", "data.workers")
     _at_least(cfg, 0, "data.randaugment_ops", "data.max_bad_fraction")
     _require(data.path != "", "data.path", "", "must be a folder of records, or None")
+    for name in ("init.checkpoint", "init.vision", "init.text", "loss.mim_tokenizer"):
+        _require(operator.attrgetter(name)(cfg) != "", name, "", "must be a folder, or None")
     address = "://" in (data.path or "")
     _require(not address, "data.path", data.path, "must be a folder; see docs/scale.md")
     batch, share = data.batch_size, data.sketch_share

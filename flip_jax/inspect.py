@@ -30,7 +30,9 @@ def describe(meta: Mapping[str, Any], *, with_config: bool = True) -> str:
     lines = [
         f"step {meta['step']}, layout version {meta['layout_version']}, "
         + ", ".join(f"{name} {version}" for name, version in meta["versions"].items()),
-        f"vocabulary {meta['config']['data']['tokenizer']}, hash {meta['vocab_hash']}",
+        f"vocabulary {meta['config']['data']['tokenizer']}, hash {meta['vocab_hash']}"
+        if meta["vocab_hash"]
+        else "no vocabulary",
         f"data hash {meta['data_hash']}",
     ]
     lines += [f"{name} {value:.6g}" for name, value in meta["metrics"].items()]

@@ -9,7 +9,7 @@ findings. The checks, in order:
   4. JAX starts, all hosts have the same devices, and `config.mesh` fits them.
   5. A sum over all devices is right.
 
-Exit status: 0 all is well; 1 a check failed; 2 unknown option; 3 a process did not answer, ended or
+Exit status: 0 all is well; 1 a check failed; 2 a wrong option; 3 a process did not answer, ended or
 hangs.
 """
 
@@ -19,6 +19,8 @@ import argparse
 import hashlib
 import importlib.metadata
 import json
+import math
+import operator
 import os
 import platform
 import secrets
@@ -38,7 +40,7 @@ from flip_jax.main import parse
 from flip_jax.place import find_place
 from flip_jax.roll_call import Absent, RollCall
 
-FAILED, MISSING = 1, 3
+FAILED, WRONG, MISSING = 1, 2, 3
 PACKAGES = (
     *("flip_jax", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "flax", "optax"),
     *("orbax-checkpoint", "grain", "array-record", "numpy", "transformers"),
@@ -106,6 +108,7 @@ def host_facts(cfg: Config) -> dict[str, str]:
         **{f"config.{name}": repr(value) for name, value in _fields(config.to_dict(cfg))},
         "vocabulary": load_tokenizer(cfg).vocab_hash,
         "data": _data_hash(cfg),
+        **{f"content of config.{name}": _listing(name, path) for name, path in _starts(cfg)},
     }
 
 
@@ -290,6 +293,23 @@ def _fields(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, An
             yield f"{path}{name}", value
 
 
+def _starts(cfg: Config) -> Iterator[tuple[str, str]]:
+    """Fields that name weights to start from."""
+    for name in ("init.checkpoint", "init.vision", "init.text", "loss.mim_tokenizer"):
+        if path := operator.attrgetter(name)(cfg):
+            yield name, path
+
+
+def _listing(name: str, path: str) -> str:
+    """A digest of the names and sizes of the files at `path`."""
+    found = Path(path)
+    if not found.exists():
+        raise FileNotFoundError(f"config.{name}={path} does not exist")
+    files = sorted(found.rglob("*")) if found.is_dir() else [found]
+    sizes = [(file.relative_to(found).as_posix(), file.stat().st_size) for file in files]
+    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
+
+
 def _data_hash(cfg: Config) -> str:
     if cfg.data.path is None:
         return "drawn by the run"
@@ -308,6 +328,13 @@ def _summary(facts: Mapping[str, str]) -> Iterator[str]:
     yield f"config {digest[:16]}, vocabulary {facts['vocabulary'][:16]}, data {facts['data'][:16]}"
 
 
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
+    return seconds
+
+
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status; see the top of the file."""
     parser = argparse.ArgumentParser(
@@ -317,11 +344,15 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--timeout", type=float, default=60, help="seconds to wait for the slowest process"
+        "--timeout", type=_seconds, default=60, help="seconds to wait for the slowest process"
     )
     args, rest = parser.parse_known_args(argv)
     try:
         cfg, workdir, _ = parse(rest)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG
+    try:
         with RollCall(find_place(os.environ), socket.gethostname(), args.timeout) as call:
             for line in check(cfg, workdir, call):
                 if call.place.process == 0:

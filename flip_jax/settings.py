@@ -12,6 +12,7 @@ import importlib.util
 import math
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,7 +72,7 @@ def from_arguments(cfg: Any, arguments: list[str]) -> Any:
         if not item.startswith("--config."):
             raise ValueError(f"unknown argument {item}")
         path, equals, value = item.removeprefix("--config.").partition("=")
-        cfg = override(cfg, path, value if equals else next(items, ""))
+        cfg = override(cfg, path, value if equals else _next_value(item, items))
     return cfg
 
 
@@ -86,10 +87,17 @@ def set_fields(settings: Any, arguments: list[str]) -> Any:
         if not item.startswith("--"):
             raise ValueError(f"unknown argument {item!r}; fields are set as --field=value")
         path, equals, value = item[2:].partition("=")
-        if not equals and (value := next(items, None)) is None:
-            raise ValueError(f"{item}: needs a value")
+        if not equals:
+            value = _next_value(item, items)
         settings = override(settings, path.replace("-", "_"), value, "settings")
     return settings
+
+
+def _next_value(item: str, items: Iterator[str]) -> str:
+    value = next(items, None)
+    if value is None or value.startswith("--"):
+        raise ValueError(f"{item}: needs a value")
+    return value
 
 
 def override(cfg: Any, path: str, text: str, name: str = "config") -> Any:

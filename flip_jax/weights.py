@@ -108,7 +108,8 @@ def write_export(folder: Path, weights: Weights, tokenizer: Tokenizer) -> None:
         "flip_jax_version": flip_jax.__version__,
         "step": weights.meta["step"],
         "vocab_hash": tokenizer.vocab_hash,
-        "config": config.to_dict(weights.cfg),
+        # As stored, without what a later release added: the same model keeps its digest.
+        "config": weights.meta["config"],
     }
     # Stored in C order, whatever the order in memory.
     leaves = named_leaves(weights.params).items()

@@ -87,7 +87,8 @@ if [[ $opt_dry_run ]]; then
   exit
 fi
 
-starts=0 pause=$opt_backoff last=''
+# begun: the last start got as far as a run; what `look` finds is that run's, not an earlier one's.
+starts=0 begun='' pause=$opt_backoff last=''
 while true; do
   look
   echo "slice: $slice, run: ${run_state:-not known}"
@@ -95,6 +96,7 @@ while true; do
     ready/running)
       # Taken over from an earlier loop, or its own.
       ((starts > 0)) || starts=1
+      begun=1
       pause=$opt_backoff
       sleep "$opt_poll"
       continue
@@ -105,10 +107,10 @@ while true; do
       continue
       ;;
     ready/done | ready/stopped)
-      ((starts == 0)) || exit 0
+      [[ ! $begun ]] || exit 0
       ;;
     ready/failed\ [12])
-      [[ $last != "$run_state" ]] ||
+      [[ ! $begun || $last != "$run_state" ]] ||
         fail 1 "the run ended twice with status ${run_state#failed }; see its log with tpu_status.sh"
       ;;
   esac
@@ -117,8 +119,11 @@ while true; do
     echo "new start $starts of $opt_retries in $pause s"
     sleep "$pause"
     pause=$((2 * pause < LONGEST_WAIT ? 2 * pause : LONGEST_WAIT))
-    last=$run_state
+    [[ ! $begun ]] || last=$run_state
   fi
-  starts=$((starts + 1))
-  begin || warn "start $starts failed with status $?"
+  starts=$((starts + 1)) begun=1
+  begin || {
+    warn "start $starts failed with status $?"
+    begun=''
+  }
 done

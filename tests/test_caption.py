@@ -319,6 +319,10 @@ def test_captions_of_records_and_pictures(workdir, tmp_path, capsys):
     [
         ([], "give pictures or --data"),
         (["--data=x"], "--data needs --out"),
+        (["a.png", "--limit=1"], "--split and --limit are of --data"),
+        (["a.png", "--split=val"], "--split and --limit are of --data"),
+        (["a.png", "--out=."], "--out=. is a folder"),
+        (["a.png", "--length-penalty=nan"], "--length-penalty=nan: must be a finite number"),
         (["a.png", "--beams=0"], "beams=0"),
         (["a.png", "--max-length=99"], r"max_length=99 must be 2..32"),
         (["a.png"], "a.png"),

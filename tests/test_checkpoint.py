@@ -362,6 +362,19 @@ def test_another_model_or_vocabulary_is_refused(tmp_path, change, message):
     assert "choose a new workdir" in str(caught.value)
 
 
+def test_a_step_without_what_is_needed_is_refused(tmp_path):
+    mesh = make_mesh(1, 1)
+    whole = make_state(1, mesh)
+    bare = whole | {"momentum": {}, "queue": {}}
+    with Checkpointer(tmp_path, MANUAL, META) as saver:
+        assert saver.save(1, bare)
+    with (
+        Checkpointer(tmp_path, MANUAL, META) as saver,
+        pytest.raises(ValueError, match=r"has no momentum, which this run needs .*new workdir"),
+    ):
+        saver.restore(target_of(whole, mesh))
+
+
 def test_other_settings_may_change_and_are_reported(tmp_path, caplog):
     save_steps(tmp_path, [1])
     mesh = make_mesh(1, 1)

@@ -144,6 +144,12 @@ def test_command_line(tmp_path):
     assert (workdir, job) == (Path("runs") / CONFIGS[0].stem, "eval_only")
     with pytest.raises(ValueError, match=r"unknown argument --conf\.seed=3"):
         main.parse(["--config", base, "--conf.seed=3"])
+    for missing in (["--config.init.vision"], ["--config.init.vision", "--config.seed=3"]):
+        with pytest.raises(ValueError, match=r"--config\.init\.vision: needs a value"):
+            main.parse(["--config", base, *missing])
+    for name in ("init.checkpoint", "init.vision", "init.text", "loss.mim_tokenizer"):
+        with pytest.raises(ValueError, match=rf"{name}='': must be a folder, or None"):
+            main.parse(["--config", base, f"--config.{name}="])
     with pytest.raises(SystemExit):
         main.parse(["--config", base, "--eval_only", "--print_sharding"])
     for address in (["--workdir=gs://b/x"], ["--config.data.path=gs://b/faces"]):

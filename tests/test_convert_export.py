@@ -28,6 +28,8 @@ from flip_jax.convert import torch_flip, torch_models
 from flip_jax.convert.__main__ import main
 from flip_jax.convert.conversion import ConversionError
 from flip_jax.convert.exporter import export_weights
+from flip_jax.convert.foreign import Options
+from flip_jax.convert.importer import import_weights
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.models import flip
 
@@ -37,7 +39,10 @@ DOCS = Path(__file__).resolve().parent.parent / "docs" / "convert.md"
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory):
     """A checkpoint without momentum."""
-    model = tiny_weights.model_config()
+    return write_ours(tmp_path_factory.mktemp("ours") / "checkpoint", tiny_weights.model_config())
+
+
+def write_ours(folder, model):
     params = jax.jit(lambda: flip.init_params(model, 0.07, jax.random.key(0)))()
     cfg = Config(model=model, data=DataConfig(tokenizer="grammar"))
     tokenizer = Tokenizer.load("grammar", model.text.max_length)
@@ -46,7 +51,6 @@ def ours(tmp_path_factory):
         "vocab_hash": tokenizer.vocab_hash,
         "data_hash": None,
     }
-    folder = tmp_path_factory.mktemp("ours") / "checkpoint"
     save_weights(folder, params, meta)
     return folder
 
@@ -221,6 +225,21 @@ def test_openai_names_in_and_out_again(kind, tmp_path, capsys):
     assert again.keys() == kept.keys()
     for name, tensor in kept.items():
         assert again[name].dtype == tensor.dtype and torch.equal(again[name], tensor), name
+
+
+def test_heads_survive_the_way_out_and_back(tmp_path):
+    """Where there are more than one for 64 of the width, which the tensors do not tell."""
+    model = tiny_weights.model_config()
+    towers = {n: dataclasses.replace(getattr(model, n), heads=4) for n in ("vision", "text")}
+    model = dataclasses.replace(model, **towers)
+    ours = write_ours(tmp_path / "ours", model)
+    export_weights("flip", ours, tmp_path / "flip.pth")
+    import_weights("flip", tmp_path / "flip.pth", tmp_path / "again", Options(tokenizer="grammar"))
+    found = read_meta(tmp_path / "again")["config"]["model"]
+    assert (found["vision"]["heads"], found["text"]["heads"]) == (4, 4)
+    given = Options(tokenizer="grammar", vision_heads=2)
+    import_weights("flip", tmp_path / "flip.pth", tmp_path / "other", given)
+    assert read_meta(tmp_path / "other")["config"]["model"]["vision"]["heads"] == 2
 
 
 def test_a_model_as_farl_users_load_it(ours, tmp_path):

@@ -331,6 +331,29 @@ def test_patches_that_are_no_squares_are_refused(clip, tmp_path):
         import_weights("clip", tmp_path, tmp_path / "ours", Options())
 
 
+@pytest.mark.parametrize("heads", [0, -2, 5])
+def test_heads_must_divide_the_width(clip, bert, heads, tmp_path):
+    for kind, source, field in (("clip", clip, "vision_heads"), ("bert", bert, "text_heads")):
+        with pytest.raises(ConversionError, match=rf"heads={heads}: must divide .* tower, 128"):
+            import_weights(kind, source[1], tmp_path / "ours", Options(**{field: heads}))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", '["x"]', "holds a list, not a JSON object"),
+        ("config.json", "{", "cannot be read: Expecting property name"),
+        ("model.safetensors.index.json", "{}", "has no weight_map, which names the files"),
+    ],
+)
+def test_broken_descriptions(clip, name, content, message, tmp_path):
+    if name == "config.json":
+        save_file(load_file(clip[1] / "model.safetensors"), tmp_path / "model.safetensors")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConversionError, match=rf"{name} {message}"):
+        import_weights("clip", tmp_path, tmp_path / "ours", Options())
+
+
 def test_image_size_must_fit_the_patches(clip, tmp_path):
     with pytest.raises(ConversionError, match="--image-size 37 is no multiple of the patch size 8"):
         import_weights("clip", clip[1], tmp_path / "ours", Options(image_size=37))

@@ -294,6 +294,14 @@ def test_a_start_that_fails_is_tried_again(cloud):
     assert steps(cloud) == ["look", "ask", "stop", "setup"] * 2 + ["look", "ask"]
 
 
+def test_the_end_of_an_earlier_run_is_not_that_of_one_that_never_started(cloud):
+    (cloud.fake / "fail").write_text("scp 9")
+    for state in ("done", "stopped", "failed 1"):
+        cloud.states(tpu_vm=["READY"], run=[state])
+        done = cloud.run(*LOOP[:-3], "--retries=1", *MAIN)
+        assert done.returncode == 1 and "gave up after 1 new starts" in done.stderr, state
+
+
 def test_a_dry_run_of_the_loop_shows_one_round(cloud):
     done = cloud.run(LOOP[0], "--dry-run", "--bucket=b", *LOOP[1:])
     assert done.returncode == 0, done.stderr

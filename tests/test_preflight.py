@@ -139,7 +139,7 @@ def test_a_single_process_needs_no_network(alone, tmp_path, capsys):
         (["--config.mesh.fsdp=3"], "ValueError: mesh.data=-1 x mesh.fsdp=3 does not make the 8"),
         (["--config.data.path=nowhere"], "FileNotFoundError: data folder nowhere does not exist"),
         (["--config.model.text.vocab_size=530"], "ValueError: config.model.text.vocab_size=530"),
-        (["--config.optim.rate=1"], "error: config.optim.rate does not exist"),
+        (["--config.init.checkpoint=gone"], "config.init.checkpoint=gone does not exist"),
     ],
 )
 def test_what_is_wrong_is_said(arguments, message, alone, tmp_path, capsys):
@@ -147,6 +147,37 @@ def test_what_is_wrong_is_said(arguments, message, alone, tmp_path, capsys):
     assert status == preflight.FAILED
     assert message in printed.err
     assert "all is well" not in printed.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.optim.rate=1"], "error: config.optim.rate does not exist"),
+        (["--nonsense"], "error: unknown argument --nonsense"),
+        (["--config.init.checkpoint="], "init.checkpoint='': must be a folder, or None"),
+    ],
+)
+def test_wrong_options_are_told_apart(arguments, message, alone, tmp_path, capsys):
+    status, printed = run(capsys, f"--workdir={tmp_path}", *arguments)
+    assert (status, printed.out) == (preflight.WRONG, "")
+    assert message in printed.err
+
+
+@pytest.mark.parametrize("seconds", ["-1", "0", "nan", "inf"])
+def test_a_timeout_must_be_one(seconds, capsys):
+    with pytest.raises(SystemExit) as ended:
+        preflight.main([*DEBUG, f"--timeout={seconds}"])
+    assert ended.value.code == preflight.WRONG
+    assert f"{seconds}: must be above 0" in capsys.readouterr().err
+
+
+def test_weights_that_differ_are_noticed(tmp_path):
+    found = []
+    for content in ("a", "ab", "a"):
+        (tmp_path / "weights").write_text(content)
+        cfg = config.override(config.load("configs/debug.py"), "init.vision", str(tmp_path))
+        found.append(preflight.host_facts(cfg)["content of config.init.vision"])
+    assert found[0] == found[2] != found[1]
 
 
 def test_a_workdir_that_cannot_be_written(alone, tmp_path, capsys):

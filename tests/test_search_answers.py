@@ -14,7 +14,8 @@ from search_world import RERANK, TEXT, Served, cosines, encoded, photo
 
 from flip_jax.data.attributes import ATTRIBUTES
 from flip_jax.data.records import BadRecord
-from flip_jax.search.engine import Engine
+from flip_jax.search.engine import Engine, Query
+from flip_jax.search.pictures import RefusedPicture
 
 
 def test_text_finds_what_comparing_with_all_finds(served, world):
@@ -41,6 +42,14 @@ def test_a_photo_finds_itself(served, world):
         status, found = served.search(**query)
         assert status == 200 and found["faces"][0]["face"] == 7
         assert found["faces"][0]["cosine"] > 0.99
+
+
+def test_a_photo_asked_in_python_finds_itself(world):
+    query = Query(picture=world.engine.record(7).image, count=1)
+    (face,) = world.engine.search(query).faces
+    assert face.face == 7 and face.cosine > 0.99
+    with pytest.raises(RefusedPicture, match="not a JPEG"):
+        world.engine.search(Query(picture=b"no picture"))
 
 
 def test_words_and_a_picture_together(served, world):

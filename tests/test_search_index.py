@@ -25,10 +25,12 @@ import flip_jax
 from flip_jax.api import FlipModel
 from flip_jax.data.record_writer import RecordWriter
 from flip_jax.data.records import Record, RecordSource
+from flip_jax.search import builder
 from flip_jax.search import index as index_module
 from flip_jax.search.__main__ import main, parse
 from flip_jax.search.builder import build_index
 from flip_jax.search.filters import allowed_faces
+from flip_jax.search.identity import weights_digest
 from flip_jax.search.index import (
     FaceIndex,
     Manifest,
@@ -288,6 +290,21 @@ def test_what_is_in_the_way_is_not_replaced(world, tmp_path):
     assert len(FaceIndex(copy)) == 40
 
 
+def test_what_came_in_the_way_meanwhile_is_not_replaced(world, tmp_path, monkeypatch):
+    out = tmp_path / "index"
+    write = builder.write_index
+
+    def write_index(*arguments):
+        out.mkdir()
+        (out / "photo.jpg").touch()
+        write(*arguments)
+
+    monkeypatch.setattr(builder, "write_index", write_index)
+    with pytest.raises(ValueError, match=r"index exists; .*--overwrite"):
+        build_index(world.checkpoint, world.data, "test", out)
+    assert [file.name for file in out.iterdir()] == ["photo.jpg"]
+
+
 def test_unreadable_records_are_left_out_or_stop_it(world, tmp_path):
     source = world.engine.source
     with RecordWriter(tmp_path / "data", "two bad pictures") as writer:
@@ -340,6 +357,14 @@ def test_another_checkpoint_is_refused_and_its_export_is_not(world, tmp_path):
     text = ["a woman with a hat"]
     wanted = flip_jax.load(world.checkpoint).encode_text(text)
     np.testing.assert_array_equal(engine.model.encode_text(text), wanted)
+
+
+def test_the_export_of_an_older_checkpoint_is_the_same_model(world, tmp_path):
+    weights = read_weights(world.checkpoint)
+    tokenizer = read_tokenizer(world.checkpoint, weights)
+    del weights.meta["config"]["model"]["vision"]["attention"]  # a release before had no such field
+    write_export(tmp_path / "export", weights, tokenizer)
+    assert weights_digest(read_weights(tmp_path / "export")) == weights_digest(weights)
 
 
 def test_other_or_moved_data(world, tmp_path):

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import gzip
 import io
 import json
 import resource
@@ -156,6 +157,15 @@ def test_bad_searches_are_named(served, body, code):
     assert (status, found["error"]["code"]) == (422, code)
     assert "Traceback" not in answer.decode() and "/flip_jax" not in answer.decode()
     assert headers["Content-Type"] == "application/json"
+
+
+def test_a_compressed_search_is_refused(served):
+    """10 KB would pass for a small body and come out as 10 MB."""
+    body = gzip.compress(json.dumps({"text": TEXT, "picture": "A" * 10_000_000}).encode())
+    assert len(body) < 20_000
+    headers = {"Content_Type": "application/json", "Content_Encoding": "gzip"}
+    status, _, answer = served.ask("POST", "/api/search", body, **headers)
+    assert (status, json.loads(answer)["error"]["message"]) == (415, "a search is not compressed")
 
 
 def test_only_json_and_only_post_search(served):

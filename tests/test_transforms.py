@@ -57,6 +57,19 @@ def test_decode_jpeg_is_close_to_what_was_encoded():
     assert jpeg_size(data) == (50, 40)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "CMYK"])
+def test_a_jpeg_of_many_scans_is_not_decoded(mode):
+    """Each goes over all pixels: 100 KB of them would take seconds, 8 MB minutes."""
+    file = io.BytesIO()
+    Image.fromarray(picture(50, 40)).convert(mode).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    assert decode_image(data).shape == (50, 40, 3)
+    end = data.rindex(b"\xff\xd9")
+    last = data[data.rindex(b"\xff\xda") : end]
+    with pytest.raises(BadImage, match=r"1\d\d scans; at most 100"):
+        decode_image(data[:end] + 100 * last + data[end:])
+
+
 @pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
 def test_decode_jpeg_modes_match_pillow(mode):
     data = encode(Image.fromarray(picture(31, 47)).convert(mode), quality=95)

@@ -48,7 +48,8 @@ def read_bert(path: Path, options: Options) -> Foreign:
                 f"config.json says {field}={config[field]!r}; the text tower has {wanted!r}"
             )
     prefix = "bert." if any(name.startswith("bert.") for name in tensors) else ""
-    heads = options.text_heads or config.get("num_attention_heads")
+    heads = options.text_heads
+    heads = config.get("num_attention_heads") if heads is None else heads
     text = text_sizes(tensors, prefix=prefix, heads=heads)
     state, source = _gather(tensors, prefix, ModelConfig(text=text), options)
 

@@ -58,7 +58,7 @@ def read_clip(path: Path, options: Options) -> Foreign:
     if config := read_config(path):
         config = config.get("vision_config", config)
         _check_architecture(config)
-        heads = heads or config.get("num_attention_heads")
+        heads = config.get("num_attention_heads") if heads is None else heads
     if any(name.removeprefix("visual.") == "conv1.weight" for name in tensors):
         return _openai(tensors, heads, options)
     return _hugging_face(tensors, heads, options)

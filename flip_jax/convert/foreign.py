@@ -30,7 +30,7 @@ class Options:
 
     Attributes:
       image_size: pixels of the result, square; None = as in the source.
-      vision_heads, text_heads: None = what the source's config.json says, else width / 64.
+      vision_heads, text_heads: None = what the source's config says, else width / 64.
       tokenizer: as `Tokenizer.load` takes it; None = the source's own, or bert-base-uncased.
       as_reference: treat CLIP and BERT weights as the official implementation did.
       allow_missing, allow_unexpected: globs over the source's names.
@@ -171,7 +171,8 @@ def vision_sizes(
       heads: None = one per 64 of the width.
 
     Raises:
-      ConversionError: one of them is missing, or the patches are no square.
+      ConversionError: one of them is missing, the patches are no square, or `heads` does not
+        divide the width.
     """
     width, _, patch_size, columns = _shape(tensors, patch, 4)
     if patch_size != columns:
@@ -185,7 +186,7 @@ def vision_sizes(
         patch_size=patch_size,
         width=width,
         depth=_layers(tensors, up),
-        heads=heads or _heads_of(width, "--vision-heads"),
+        heads=_heads_of(width, heads, "--vision-heads"),
         mlp_width=_shape(tensors, up.format(0), 2)[0],
     )
 
@@ -201,7 +202,7 @@ def text_sizes(tensors: Tensors, *, prefix: str, heads: int | None) -> TextConfi
         positions=positions,
         width=width,
         depth=_layers(tensors, up),
-        heads=heads or _heads_of(width, "--text-heads"),
+        heads=_heads_of(width, heads, "--text-heads"),
         mlp_width=_shape(tensors, up.format(0), 2)[0],
     )
 
@@ -223,7 +224,11 @@ def _layers(tensors: Tensors, up: str) -> int:
     return 1 + max((int(m[1]) for name in tensors if (m := pattern.fullmatch(name))), default=0)
 
 
-def _heads_of(width: int, flag: str) -> int:
+def _heads_of(width: int, heads: int | None, flag: str) -> int:
+    if heads is not None:
+        if heads < 1 or width % heads:
+            raise ConversionError(f"{flag}={heads}: must divide the width of the tower, {width}")
+        return heads
     if width % 64:
         raise ConversionError(
             f"the number of attention heads is not stored and the width {width} is no multiple of "

@@ -24,7 +24,7 @@ from flip_jax.convert.foreign import (
     text_sizes,
     vision_sizes,
 )
-from flip_jax.convert.weight_files import read_tensors
+from flip_jax.convert.weight_files import read_tensors, stored_heads
 
 
 def read_official(path: Path, options: Options) -> Foreign:
@@ -35,6 +35,9 @@ def read_official(path: Path, options: Options) -> Foreign:
       FileNotFoundError: nothing there.
     """
     tensors = read_tensors(path, under=("model",))
+    given = options.vision_heads, options.text_heads
+    vision, text = (s if g is None else g for g, s in zip(given, stored_heads(path), strict=True))
+    options = dataclasses.replace(options, vision_heads=vision, text_heads=text)
     model = _sizes(tensors, options)
     shapes = torch_flip.official_shapes(model)
     initial = InitialValues(model, options.seed)

@@ -57,9 +57,39 @@ def read_tensors(path: Path, *, under: tuple[str, ...] = ()) -> dict[str, np.nda
 
 
 def read_config(path: Path) -> dict[str, Any] | None:
-    """config.json of a Hugging Face folder; None for a file or a folder without one."""
+    """config.json of a Hugging Face folder; None for a file or a folder without one.
+
+    Raises:
+      ConversionError: it is no JSON object.
+    """
     file = path / "config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return _read_object(file) if file.is_file() else None
+
+
+def stored_heads(path: Path) -> tuple[int | None, int | None]:
+    """Attention heads of image and text tower where the file is an export of ours, which says so.
+
+    Raises:
+      See `read_tensors`.
+    """
+    if path.is_dir() or path.suffix == ".safetensors":
+        return None, None
+    content = _load_pickle(path)
+    try:
+        model = content["config"]["model"]
+        return model["vision"]["heads"], model["text"]["heads"]
+    except (KeyError, TypeError, IndexError):
+        return None, None
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{file} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{file} holds a {type(content).__name__}, not a JSON object")
+    return content
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -72,8 +102,10 @@ def _weight_files(path: Path) -> list[Path]:
             return [path / name]
         index = path / f"{name}.index.json"
         if index.is_file():
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            return [path / shard for shard in sorted(set(shards))]
+            shards = _read_object(index).get("weight_map")
+            if not isinstance(shards, dict):
+                raise ConversionError(f"{index} has no weight_map, which names the files")
+            return [path / shard for shard in sorted(set(shards.values()))]
     raise FileNotFoundError(f"{path} holds none of {', '.join(_FOLDER_FILES)}")
 
 
@@ -88,17 +120,21 @@ def _read_safetensors(file: Path) -> dict[str, Any]:
         raise ConversionError(f"{file} is not a whole safetensors file: {error}") from error
 
 
-def _read_pickle(file: Path, under: tuple[str, ...]) -> dict[str, Any]:
+def _load_pickle(file: Path) -> Any:
     torch = import_torch()
     try:
         try:
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
             if "mmap" not in str(error):  # files older than torch 1.6 cannot be mapped
                 raise
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
         raise ConversionError(_why_unreadable(file, str(error))) from error
+
+
+def _read_pickle(file: Path, under: tuple[str, ...]) -> dict[str, Any]:
+    content = _load_pickle(file)
     for key in under:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

@@ -11,6 +11,9 @@ import simplejpeg
 
 # Refused from the header, before any pixel is decoded: a small file can claim 16k x 16k pixels.
 MAX_PIXELS = 100_000_000
+# A progressive file may go over all its pixels again in every scan; about ten are usual.
+MAX_SCANS = 100
+_SCAN = b"\xff\xda"  # only as a marker: among coded pixels a zero follows each FF
 
 # EXIF orientation -> the turn that makes the stored rows upright; 1 = none.
 _TURNS = {
@@ -57,9 +60,12 @@ def decode_jpeg(data: bytes, least: int | None = None) -> np.ndarray | None:
       uint8 [H, W, 3] RGB, C-contiguous.
 
     Raises:
-      BadImage: truncated or corrupt data, or more than `MAX_PIXELS` pixels.
+      BadImage: truncated or corrupt data, more than `MAX_PIXELS` pixels or `MAX_SCANS` scans.
     """
     height, width, colorspace = _header(data)
+    scans = data.count(_SCAN)
+    if scans > MAX_SCANS:
+        raise BadImage(f"{scans} scans; at most {MAX_SCANS} are decoded (save the picture again)")
     if colorspace in ("CMYK", "YCCK"):
         return None
     part = _part(min(height, width), least)

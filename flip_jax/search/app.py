@@ -193,6 +193,8 @@ class SearchApp:
     async def _search(self, request: web.Request) -> web.Response:
         if request.content_type != "application/json":
             raise Refused(415, "bad_request", "a search is a JSON body")
+        if "Content-Encoding" in request.headers:  # its length would say nothing about its size
+            raise Refused(415, "bad_request", "a search is not compressed")
         length = request.content_length
         if length is not None and length > _MAX_BODY:
             raise web.HTTPRequestEntityTooLarge(_MAX_BODY, length)

@@ -109,6 +109,7 @@ def build_index(
         shutil.rmtree(finished, ignore_errors=True)
         attributes = np.ascontiguousarray(table["attributes"].T)
         write_index(finished, graph, attributes, np.array(table["record"]), manifest)
+        _check_target(out, overwrite)  # again: what came there meanwhile is not this one's
         _put_in_place(finished, out, partial / "replaced")
     shutil.rmtree(partial)
     return manifest

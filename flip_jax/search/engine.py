@@ -16,6 +16,7 @@ from flip_jax.data.records import BadRecord, Record, RecordSource
 from flip_jax.data.tokenizer import clean_caption
 from flip_jax.search.filters import STATES, State, allowed_faces
 from flip_jax.search.index import FaceIndex
+from flip_jax.search.pictures import decode_upload
 
 _log = logging.getLogger(__name__)
 MAX_TEXT = 500  # characters
@@ -116,11 +117,14 @@ class Engine:
 
         Args:
           query: see `Query`.
-          picture: its picture, decoded: uint8 [H, W, 3] RGB.
+          picture: its picture, decoded: uint8 [H, W, 3] RGB; None = `query.picture` is decoded.
 
         Raises:
           BadQuery: an attribute or a face that does not exist.
+          RefusedPicture: `query.picture` cannot be used.
         """
+        if picture is None and query.picture is not None:
+            picture = decode_upload(query.picture)
         clock, notes = _Clock(), []
         try:
             allowed = allowed_faces(self.index.attributes, query.filters)

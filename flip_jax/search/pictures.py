@@ -56,7 +56,8 @@ def decode_upload(data: bytes) -> np.ndarray:
     try:
         return decode_image(data)
     except BadImage as error:
-        raise RefusedPicture("picture_damaged", "the picture is damaged or not whole") from error
+        why = "the picture is damaged, not whole, or not of 8 bits per channel"
+        raise RefusedPicture("picture_damaged", why) from error
 
 
 def thumbnail(data: bytes, side: int = THUMBNAIL) -> bytes:

@@ -66,7 +66,9 @@ def serve(
     Raises:
       ValueError, OSError: as `load_engine`; or the address is taken or not this machine's.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", force=True
+    )
     with _bind(host, port) as line:  # before the slow part: the address may be taken
         engine = load_engine(index, checkpoint, data, rerank)
         print(f"{index}: {len(engine.index):,} faces; compiling the model ...", flush=True)
