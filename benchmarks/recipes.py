@@ -90,12 +90,23 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
 }
 
 
-def main() -> None:
+def main() -> int:
+    """Returns the exit status: 1 for input that cannot be used."""
+    try:
+        _compare()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _compare() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     for noisy in ("absl", "jax", "orbax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     args, fields = _arguments()
     settings = set_fields(_task_settings(), fields)
+    suite.task_names(settings)  # a misspelt one is told before the training
     cfg = config.load(args.config)
     sets = dict(_data_set(item, cfg, args.out) for item in args.data)
     dense: dict[str, list[Path]] = {name: [] for name in sets}
@@ -163,6 +174,11 @@ def row_config(row: str, cfg: Config, seed: int, pairs: int, data: Path) -> Conf
     """The config of one run. All that counts in epochs keeps its share of them."""
     records = load_manifest(data).splits[cfg.data.train_split].records
     per_epoch = records // cfg.data.batch_size
+    if not per_epoch:
+        raise ValueError(
+            f"{data} has {records} records to train on, fewer than data.batch_size="
+            f"{cfg.data.batch_size} of --config"
+        )
     epochs = max(pairs // cfg.data.batch_size, 1) / per_epoch
     cfg = replace(
         cfg,
@@ -206,7 +222,8 @@ def run(
         print(f"{workdir}: {time.process_time() - start:.0f} s of CPU time", flush=True)
         jax.clear_caches()
     if row != "reference" or seed:  # one random backbone is enough: all have the same shape
-        parts = {n: replace(getattr(settings, n), random_backbone=False) for n in _tasks(settings)}
+        names = suite.task_names(settings)
+        parts = {n: replace(getattr(settings, n), random_backbone=False) for n in names}
         settings = replace(settings, **parts)
     _run_tasks(settings, workdir, data, "tasks")
     for number, path in enumerate(dense):
@@ -219,10 +236,6 @@ def _run_tasks(settings: suite.Settings, workdir: Path, data: Path, out: str) ->
         options = {"cache": Path(cache), "tokenizer": None, "limit": None, "threads": 2}
         args = argparse.Namespace(**given, **options, batch_size=64, dtype="float32")
         suite.run(settings, args, ["python", "benchmarks/recipes.py", *sys.argv[1:]])
-
-
-def _tasks(settings: suite.Settings) -> list[str]:
-    return settings.tasks.split()
 
 
 def step_times(rows: dict[str, Config], steps: int) -> dict[str, list[float]]:
@@ -280,4 +293,4 @@ def _write_json(path: Path, values: Any) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

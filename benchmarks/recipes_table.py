@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import scipy.stats
+
 TIMES = "times.json"
 ORDERS = ("cosine", "reranked")
 # Column -> (task, metric of its report). Names are tried in turn.
@@ -25,8 +27,6 @@ COLUMNS = {
     **{name: name for name in TASK_METRICS},
     "same group": "same-group candidates",
 }
-# 97.5 % of Student's t with 1, 2 ... degrees of freedom; beyond the last one, the normal's.
-_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
 def collect(out: Path, sets: Sequence[str], changes: Mapping[str, str]) -> dict[str, Any]:
@@ -75,12 +75,14 @@ def _numbers(workdir: Path) -> dict[str, float]:
 def _task_numbers(workdir: Path, backbone: str) -> dict[str, float]:
     found = {}
     for name, (task, metrics) in TASK_METRICS.items():
-        for path in sorted(workdir.glob(f"tasks*/*/{task}/report.json")):
-            result = json.loads(path.read_text())["results"].get(backbone, {})
-            for metric in metrics:
-                if name not in found and metric in result:
-                    number = result[metric]
-                    found[name] = number["value"] if isinstance(number, dict) else number
+        # Those of --dense first: they were asked for besides.
+        for folder in ("tasks-dense-*", "tasks"):
+            for path in sorted(workdir.glob(f"{folder}/*/{task}/report.json")):
+                result = json.loads(path.read_text())["results"].get(backbone, {})
+                for metric in metrics:
+                    if name not in found and metric in result:
+                        number = result[metric]
+                        found[name] = number["value"] if isinstance(number, dict) else number
     return found
 
 
@@ -144,7 +146,7 @@ def half_width(values: Sequence[float]) -> float | None:
     """Of the 95 % interval of a mean, by Student's t; None for a single value."""
     if len(values) < 2:
         return None
-    t = _T[len(values) - 2] if len(values) - 2 < len(_T) else 1.96
+    t = scipy.stats.t.ppf(0.975, len(values) - 1)
     return t * statistics.stdev(values) / math.sqrt(len(values))
 
 

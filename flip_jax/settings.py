@@ -159,8 +159,11 @@ def load(path: str | Path, kind: type) -> Any:
         raise ValueError(f"--config={path}: no such file (there are: {', '.join(beside) or '-'})")
     spec = importlib.util.spec_from_file_location(f"flip_jax_config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    cfg = module.get_config() if hasattr(module, "get_config") else None
+    try:
+        spec.loader.exec_module(module)
+        cfg = module.get_config() if hasattr(module, "get_config") else None
+    except Exception as error:  # it is code, and may raise anything
+        raise ValueError(f"--config={path}: {type(error).__name__}: {error}") from error
     if not isinstance(cfg, kind):
         raise ValueError(
             f"--config={path}: needs a function get_config() -> {kind.__module__}.{kind.__name__}"

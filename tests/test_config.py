@@ -132,6 +132,9 @@ def test_missing_and_wrong_config_files(tmp_path):
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(ValueError, match="get_config"):
         config.load(tmp_path / "empty.py")
+    (tmp_path / "broken.py").write_text("def get_config(:\n")
+    with pytest.raises(ValueError, match=r"--config=.*broken\.py: SyntaxError: .*line 1"):
+        config.load(tmp_path / "broken.py")
 
 
 def test_command_line(tmp_path):

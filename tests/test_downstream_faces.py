@@ -105,8 +105,15 @@ def test_validation_is_its_own_split_or_other_people_of_train(drawn, tmp_path):
     write(tmp_path / "one", [record(n, group="one") for n in range(3)], "train")
     with pytest.raises(DataLacks, match="too small to be divided"):
         FaceData(tmp_path / "one", 32).train_and_val("train", "val")
-    with pytest.raises(DataLacks, match="has no split 'dev'"):
-        data.split("dev")
+    with pytest.raises(DataLacks, match="has no split 'val'"):
+        data.split("val")
+    # Of another name it was asked for, and is misspelt.
+    for misspelt in (lambda: data.split("dev"), lambda: data.train_and_val("train", "vall")):
+        with pytest.raises(ValueError, match=r"has no split '(dev|vall)'; it has test, train") as e:
+            misspelt()
+        assert not isinstance(e.value, DataLacks)
+    with pytest.raises(ValueError, match="val_split=train: must be another split"):
+        data.train_and_val("train", "train")
 
 
 def parts_of(array, calls):

@@ -96,6 +96,21 @@ def test_a_single_person_has_no_interval():
     assert str(found.gaps[0]) == "1.00 [-, -]"
 
 
+def test_the_furthest_of_many_parts_are_seldom_a_finding_by_chance():
+    """An interval of best minus worst alone leaves 0 out in a quarter of such trials."""
+    groups, parts = np.arange(500), np.repeat(list("abcde"), 100)
+    missed, widths = 0, []
+    for trial in range(60):
+        values = np.random.default_rng(trial).normal(size=500)
+        options = {"resamples": 200, "seed": trial}
+        (found,) = break_down(mean_of(values), groups, {"c": parts}, **options)
+        missed += found.gaps[0].low > 0
+        widths.append(found.gaps[0].value - found.gaps[0].low)
+    assert missed <= 7  # 3 are expected
+    # Tukey's range of five means: 3.86 of their standard error.
+    assert np.mean(widths) == pytest.approx(3.86 * 0.1, rel=0.1)
+
+
 def test_a_gap_of_nothing_may_be_nothing_and_one_part_has_none():
     values = np.random.default_rng(2).normal(size=400)
     halves = np.where(np.arange(400) % 2 == 0, "a", "b")

@@ -74,6 +74,9 @@ def test_mean_deviation_and_interval():
     assert found["metrics"]["y"] == {"mean": 1.0, "deviation": None, "seeds": 1}
     assert recipes_table._cell(number) == "5.00 ± 3.00 (+2.00 ± 2.48)"
     assert recipes_table.half_width([1.0]) is None
+    # With ten degrees of freedom 2.228, where the normal has 1.960.
+    values = [float(n) for n in range(11)]  # their deviation is sqrt(11)
+    assert recipes_table.half_width(values) == pytest.approx(2.228, 1e-3)
 
 
 def test_dense_tasks_on_data_of_their_own(tmp_path, monkeypatch, drawn):
@@ -110,6 +113,44 @@ def test_dense_tasks_on_data_of_their_own(tmp_path, monkeypatch, drawn):
     ]
     numbers = recipes_table._task_numbers(workdir, "trained")
     assert numbers == {"probe AP": 1, "parsing F1": 2, "alignment NME": 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks=attribute"], "settings.tasks names attribute; there are"),
+        (["--data", "foo"], "--data foo: must be `drawn` or NAME=FOLDER"),
+        (["--data", "x=nowhere"], "nowhere"),
+        (["--bogus=1"], "settings.bogus does not exist"),
+    ],
+)
+def test_what_is_wrong_is_told_before_the_training(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    debug = str(ROOT / "configs" / "debug.py")
+    line = ["recipes.py", "--config", debug, "--out", str(tmp_path), *arguments]
+    monkeypatch.setattr(sys, "argv", line)
+    monkeypatch.setattr(recipes, "run", None)
+    assert recipes.main() == 1
+    assert message in capsys.readouterr().err
+
+
+def test_fewer_records_than_a_batch_are_refused(drawn):
+    cfg = recipes.replace(DEBUG, data=recipes.replace(DEBUG.data, batch_size=4096))
+    with pytest.raises(ValueError, match=r"has \d+ records to train on, fewer than data.batch_siz"):
+        recipes.row_config("reference", cfg, 0, 8192, drawn)
+
+
+def test_numbers_of_dense_data_come_first(tmp_path):
+    for folder, metric, value in (
+        ("tasks", "NME box", 7.0),
+        ("tasks-dense-0", "NME ocular", 5.0),
+    ):
+        (tmp_path / folder / "x" / "alignment").mkdir(parents=True)
+        results = {"trained": {metric: {"value": value}}}
+        report = tmp_path / folder / "x" / "alignment" / "report.json"
+        report.write_text(json.dumps({"results": results}))
+    assert recipes_table._task_numbers(tmp_path, "trained") == {"alignment NME": 5.0}
 
 
 @pytest.mark.release

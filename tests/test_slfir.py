@@ -13,6 +13,7 @@ from PIL import Image
 from test_docs import blocks
 
 from flip_jax.data.readers import READERS
+from flip_jax.downstream import slfir
 from flip_jax.downstream.__main__ import main, set_fields
 from flip_jax.downstream.backbone import Backbone
 from flip_jax.downstream.face_data import DataLacks, FaceData
@@ -66,6 +67,13 @@ def out(places):
 @pytest.fixture(scope="module")
 def report(out):
     return json.loads((out / "report.json").read_text())
+
+
+def test_a_misspelt_column_is_told_before_the_training(places, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(slfir, "_train", None)
+    options = [*places[1], "--by=Malee", f"--out={tmp_path}", "--subjects=photo"]
+    assert main(["slfir", *options]) == 1
+    assert "by=Malee: is no attribute; did you mean Male?" in capsys.readouterr().err
 
 
 def test_the_page(places, monkeypatch, capsys):

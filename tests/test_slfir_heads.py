@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tiny_downstream
 
+from flip_jax.downstream import pair_visits
 from flip_jax.downstream.backbone import Backbone
 from flip_jax.downstream.face_data import FaceData
 from flip_jax.downstream.features import FeatureCache
@@ -226,7 +227,7 @@ def test_frozen_heads_are_those_of_the_checkpoint(tiny):
     assert [gallery.texts[n] for n in caption_rows(gallery)[3]] == faces.captions[3][:2]
 
 
-def test_matches_are_the_fused_pass_of_hard_negatives(tiny):
+def test_matches_are_the_fused_pass_of_hard_negatives(tiny, monkeypatch):
     backbone, faces, tower, gallery = tiny
     rng = np.random.default_rng(0)
     embeds = {
@@ -240,6 +241,11 @@ def test_matches_are_the_fused_pass_of_hard_negatives(tiny):
     tokens = backbone.image_tokens(faces.images)
     images, texts = (grid.ravel() for grid in np.mgrid[:10, :20])
     every = fused_features(tower, gallery, images, texts, FeatureCache(None)).reshape(10, 20, -1)
+    # Texts cut to several lengths are not looked at in the order of the pairs.
+    monkeypatch.setattr(pair_visits, "_CALLS_PER_LENGTH", 1)
+    monkeypatch.setattr(pair_visits, "_CALLS_PER_BLOCK", 0.25)
+    cut = fused_features(tower, gallery, images, texts, FeatureCache(None)).reshape(10, 20, -1)
+    np.testing.assert_allclose(cut, every, atol=1e-4)
     head = jax.device_get(backbone.params["itm_head"])
     for image in (0, 7):
         logits = backbone.match(gallery.texts, np.repeat(tokens[image : image + 1], 20, axis=0))

@@ -6,7 +6,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from flip_jax.config import Config, DataConfig, DrawnConfig, ModelConfig, TextConfig, VisionConfig
+from flip_jax.config import (
+    Config,
+    DataConfig,
+    DrawnConfig,
+    ModelConfig,
+    TextConfig,
+    VisionConfig,
+    to_dict,
+)
 from flip_jax.data.sources import write_drawn
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.models import flip
@@ -28,7 +36,7 @@ def write_model(folder: Path, seed: int = 3) -> Path:
     rng = np.random.default_rng(seed)
     params = jax.tree.map(lambda s: rng.normal(0, 0.2, s.shape).astype(s.dtype), shapes)
     params["temperature"] = np.float32(0.07)
-    weights = Weights(params, cfg, {"step": 7})
+    weights = Weights(params, cfg, {"step": 7, "config": to_dict(cfg)})
     write_export(folder, weights, Tokenizer.load("grammar", MODEL.text.max_length))
     return folder
 

@@ -19,6 +19,7 @@ from flip_jax.downstream.backbone import Backbone, image_embedding
 from flip_jax.downstream.faces import Faces
 from flip_jax.downstream.features import FeatureCache
 
+USUAL_SPLITS = ("train", "val", "test")  # what tasks ask for by themselves
 VAL_SHARE = 10  # one group of so many becomes validation where a data set has none
 
 
@@ -65,12 +66,14 @@ class FaceData:
         """The records of one split.
 
         Raises:
-          DataLacks: no such split.
-          ValueError: none of its records is usable.
+          DataLacks: no such split, of the usual ones.
+          ValueError: no such split, or none of its records is usable.
           OSError: a shard is missing or damaged.
         """
         if name not in self.manifest.splits:
-            raise DataLacks(
+            # One of another name was asked for by a setting.
+            error = DataLacks if name in USUAL_SPLITS else ValueError
+            raise error(
                 f"{self.path} has no split {name!r}; it has {', '.join(self.manifest.splits)}"
             )
         if name not in self._splits:
@@ -104,10 +107,13 @@ class FaceData:
         them.
 
         Raises:
-          DataLacks, ValueError, OSError: as `split`; or `train` has too few groups to be divided.
+          DataLacks, ValueError, OSError: as `split`; or `train` has too few groups to be divided,
+            or is `val`.
         """
+        if val == train:
+            raise ValueError(f"val_split={val}: must be another split than train_split")
         whole = self.split(train)
-        if val in self.manifest.splits:
+        if val in self.manifest.splits or val != "val":
             return whole, self.split(val)
         held = np.array([group_number(g) % VAL_SHARE == 0 for g in whole.group_ids])
         if held.all() or not held.any():

@@ -130,7 +130,8 @@ class Breakdown:
       column: its name.
       parts: value -> (rows, M intervals).
       gaps: M intervals of the number of the best value minus that of the worst; empty for a single
-        value. Which are best and worst is settled on all rows, so an interval may hold 0.
+        value. They hold for the differences of all pairs of values at once, so that picking the
+        two that are furthest apart is allowed for.
     """
 
     column: str
@@ -174,9 +175,23 @@ def break_down(
 
 
 def _gaps(numbers: np.ndarray, draws: np.ndarray) -> list[Interval]:
-    """Args: numbers: [parts, M]; draws: [parts, resamples, M]."""
-    known, each = np.isfinite(numbers), np.arange(numbers.shape[1])
-    best = np.where(known, numbers, -np.inf).argmax(0)
-    worst = np.where(known, numbers, np.inf).argmin(0)
-    gap = draws[best, :, each] - draws[worst, :, each]
-    return intervals(numbers[best, each] - numbers[worst, each], gap.T)
+    """The range of parts, and by how much the range of parts without a difference would miss 0.
+
+    Args:
+      numbers: [parts, M]; draws: [parts, resamples, M].
+    """
+    found = []
+    for column, drawn in zip(numbers.T, np.moveaxis(draws, 2, 0), strict=True):
+        known = np.isfinite(column)
+        if not known.any():
+            found.append(Interval(*(np.nan,) * 3))
+            continue
+        best, worst = np.nanargmax(column), np.nanargmin(column)
+        sure = np.isfinite(drawn).any(1)  # a single person has no draws
+        drawn = drawn[sure] - np.nanmedian(drawn[sure], axis=1, keepdims=True)
+        drawn = drawn[:, np.isfinite(drawn).all(0)]
+        gap, off = column[best] - column[worst], np.nan
+        if sure[best] and sure[worst] and drawn.size:
+            off = np.percentile(np.ptp(drawn, axis=0), 100 * LEVEL)
+        found.append(Interval(*map(float, (gap, gap - off, gap + off))))
+    return found

@@ -39,7 +39,7 @@ class TrainedHead:
     Attributes:
       head: its arrays.
       rate, epoch: the learning rate and the epoch, counted from 1, that it is of.
-      val_accuracy: float [E] of that rate, mean over known labels.
+      val_accuracy: float [E] of that rate, mean over attributes, of each over its known labels.
       test_accuracy: float [E] of that rate.
       best_on_test: the highest test accuracy of any rate and epoch: chosen on the test set, so no
         result, but what published tables print.

@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from flip_jax.downstream.backbone import Backbone
+from flip_jax.downstream.columns import read_columns
 from flip_jax.downstream.face_data import DataLacks, FaceData
 from flip_jax.downstream.features import FeatureCache
 from flip_jax.downstream.retrieval import rerank, search
@@ -112,6 +113,7 @@ def run(settings: Settings, backbone: Backbone, data: FaceData, out: Path) -> Ta
             f"{data.path}: subjects={settings.subjects!r} needs people with two pictures in every "
             "split; set subjects=photo"
         )
+    read_columns(settings.by, splits.test.faces)  # a misspelt one is told before the training
     backbones = {"trained": backbone}
     if settings.random_backbone:
         backbones["random"] = backbone.random_twin()

@@ -87,7 +87,7 @@ def run(settings: Settings, args: Arguments, command: Sequence[str]) -> None:
       OSError: a checkpoint or data cannot be read, or `OUT` not be written.
     """
     config.check_types(settings, "settings")
-    names = _task_names(settings)
+    names = task_names(settings)
     out = args.out or Path("runs/downstream/suite")
     entries: list[Entry] = []
     shapes: list[Any] = []
@@ -124,7 +124,7 @@ def labels_of(checkpoints: Sequence[str]) -> list[str]:
     raise ValueError(f"--checkpoint: no names tell {', '.join(checkpoints)} apart; is one twice?")
 
 
-def _task_names(settings: Settings) -> list[str]:
+def task_names(settings: Settings) -> list[str]:
     names = list(dict.fromkeys(settings.tasks.replace(",", " ").split()))
     if not names or (unknown := sorted(set(names) - set(TASKS))):
         wrong = ", ".join(unknown) if names else "nothing"
