@@ -227,7 +227,7 @@ def test_frozen_heads_are_those_of_the_checkpoint(tiny):
     assert [gallery.texts[n] for n in caption_rows(gallery)[3]] == faces.captions[3][:2]
 
 
-def test_matches_are_the_fused_pass_of_hard_negatives(tiny, monkeypatch):
+def test_matches_are_the_fused_pass_of_hard_negatives(tiny):
     backbone, faces, tower, gallery = tiny
     rng = np.random.default_rng(0)
     embeds = {
@@ -241,11 +241,6 @@ def test_matches_are_the_fused_pass_of_hard_negatives(tiny, monkeypatch):
     tokens = backbone.image_tokens(faces.images)
     images, texts = (grid.ravel() for grid in np.mgrid[:10, :20])
     every = fused_features(tower, gallery, images, texts, FeatureCache(None)).reshape(10, 20, -1)
-    # Texts cut to several lengths are not looked at in the order of the pairs.
-    monkeypatch.setattr(pair_visits, "_CALLS_PER_LENGTH", 1)
-    monkeypatch.setattr(pair_visits, "_CALLS_PER_BLOCK", 0.25)
-    cut = fused_features(tower, gallery, images, texts, FeatureCache(None)).reshape(10, 20, -1)
-    np.testing.assert_allclose(cut, every, atol=1e-4)
     head = jax.device_get(backbone.params["itm_head"])
     for image in (0, 7):
         logits = backbone.match(gallery.texts, np.repeat(tokens[image : image + 1], 20, axis=0))
@@ -265,3 +260,24 @@ def test_matches_are_the_fused_pass_of_hard_negatives(tiny, monkeypatch):
             assert group[photo] != group[row] != group[other // 2]
             drawn |= {photo, other // 2}
     assert len(drawn) > 5
+
+
+def test_fused_features_go_to_their_own_pairs(tiny, monkeypatch):
+    """Texts that are cut to several lengths are not looked at in the order of the pairs."""
+    backbone, faces, tower, _ = tiny
+    some = faces.take(range(10))
+    some.captions = [
+        [" ".join(first.split()[: 1 + row]), " ".join(second.split()[: 19 - row])]
+        for row, (first, second, *_) in enumerate(faces.captions)
+    ]
+    gallery = FrozenGallery(tower, some, 2, FeatureCache(None))
+    images, texts = (grid.ravel() for grid in np.mgrid[:10, :20])
+    in_order = fused_features(tower, gallery, images, texts, FeatureCache(None))
+    for name, value in (("PAIRS_PER_IMAGE", 1), ("CALLS_PER_LENGTH", 8), ("MULTIPLE", 1)):
+        monkeypatch.setattr(pair_visits, f"_{name}", value)
+    visits = tower(gallery, backbone.tokenizer(gallery.texts), (images, texts))
+    visited = np.concatenate([places for places, _ in visits])
+    assert not (np.diff(visited) > 0).all() and sorted(visited) == list(range(200))
+    found = fused_features(tower, gallery, images, texts, FeatureCache(None))
+    np.testing.assert_allclose(found, in_order, atol=1e-5)
+    assert np.abs(found - in_order[::-1]).max() > 0.05
