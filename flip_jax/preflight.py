@@ -329,9 +329,12 @@ def _summary(facts: Mapping[str, str]) -> Iterator[str]:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
     if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
+        raise argparse.ArgumentTypeError(f"{text}: must be a finite number above 0")
     return seconds
 
 

@@ -163,12 +163,12 @@ def test_wrong_options_are_told_apart(arguments, message, alone, tmp_path, capsy
     assert message in printed.err
 
 
-@pytest.mark.parametrize("seconds", ["-1", "0", "nan", "inf"])
+@pytest.mark.parametrize("seconds", ["-1", "0", "nan", "inf", "a minute"])
 def test_a_timeout_must_be_one(seconds, capsys):
     with pytest.raises(SystemExit) as ended:
         preflight.main([*DEBUG, f"--timeout={seconds}"])
     assert ended.value.code == preflight.WRONG
-    assert f"{seconds}: must be above 0" in capsys.readouterr().err
+    assert f"{seconds}: must be a finite number above 0" in capsys.readouterr().err
 
 
 def test_weights_that_differ_are_noticed(tmp_path):
