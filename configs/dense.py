@@ -13,13 +13,12 @@ from flip_jax.config import CheckpointConfig, Config, DrawnConfig, EvalConfig, L
 
 def get_config() -> Config:
     demo = load(Path(__file__).with_name("demo.py"))
-    vision = replace(demo.model.vision, patch_size=8)
+    vision = replace(demo.model.vision, keep_patches=None)
+    weights = LossWeights(contrastive=0.0, itm=0.0, mim=1.0)
     return replace(
         demo,
-        model=replace(demo.model, vision=vision, mim_depth=1),
-        loss=replace(
-            demo.loss, weights=LossWeights(contrastive=0.0, itm=0.0, mim=1.0), mim_share=0.5
-        ),
+        model=replace(demo.model, vision=vision),
+        loss=replace(demo.loss, weights=weights),
         data=replace(
             demo.data,
             drawn=DrawnConfig(train_identities=6000, test_identities=500, pictures=2, size=96),
@@ -27,4 +26,5 @@ def get_config() -> Config:
         eval=EvalConfig(every_epochs=0.0, max_images=100, rerank=0),
         checkpoint=CheckpointConfig(every_steps=None, every_minutes=5.0),
         epochs=20.0,
+        unmasked_epochs=0.0,
     )
