@@ -223,8 +223,8 @@ def test_recipes_are_the_published_ones():
     assert recipe.rates == (1e-4, 1e-2, 1e-2, 1e-2) and recipe.epochs == 250
     assert recipe.decay_at * recipe.epochs == 200
     assert RECIPES["aflw19"].crop == 1.0 and RECIPES["aflw19"].hidden == "count"
-    small = Settings(epochs=3).resolved(64, 16)
-    assert (small.size, small.heatmap) == (128, 32)
+    small = Settings(epochs=3).resolved(64, 8)
+    assert (small.size, small.heatmap) == (64, 32)
     assert small.dense_recipe(160, 1600).epochs == 30
     # 2,690 pictures are 168 steps of 16; of 27 an epoch is two, of 5 still one.
     assert [small.dense_recipe(n, 2690).epochs for n in (2690, 27, 5)] == [3, 252, 504]

@@ -17,7 +17,7 @@ from flip_jax.downstream.dense_settings import DenseSettings
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the recipes differ in; `size` None = twice the model's, `heatmap` None = four cells per
+    """What the recipes differ in; `size` None = the model's, `heatmap` None = four cells per
     patch, `normalizer` None = the first of `NORMALIZERS` that the points have."""
 
     size: int | None
@@ -98,7 +98,7 @@ class Settings(DenseSettings):
           ValueError: a number is out of range.
         """
         full = self.completed(RECIPES[self.recipe])
-        size = 2 * image_size if full.size is None else full.size
+        size = image_size if full.size is None else full.size
         cells = 4 * (size // patch_size) if full.heatmap is None else full.heatmap
         full = dataclasses.replace(full, size=size, heatmap=cells)
         full.check()

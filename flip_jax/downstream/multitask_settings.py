@@ -11,7 +11,7 @@ from flip_jax.downstream.dense_settings import DenseSettings, numbers
 
 @dataclass(frozen=True)
 class Recipe:
-    """For a model of the size of configs/demo.py on two cores; `size` None = twice the model's."""
+    """For a model of the size of configs/demo.py on two cores; `size` None = the model's."""
 
     size: int | None = None
     channels: int = 32
@@ -42,7 +42,7 @@ class Settings(DenseSettings):
         """
         full = self.completed(Recipe())
         if full.size is None:
-            full = dataclasses.replace(full, size=2 * image_size)
+            full = dataclasses.replace(full, size=image_size)
         full.check()
         full.three_weights()
         return full

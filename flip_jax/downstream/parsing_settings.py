@@ -14,7 +14,7 @@ from flip_jax.downstream.dense_settings import DenseSettings
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the recipes differ in; `size` None = twice the model's."""
+    """What the recipes differ in; `size` None = the model's."""
 
     size: int | None
     channels: int
@@ -78,7 +78,7 @@ class Settings(DenseSettings):
         """
         full = self.completed(RECIPES[self.recipe])
         if full.size is None:
-            full = dataclasses.replace(full, size=2 * image_size)
+            full = dataclasses.replace(full, size=image_size)
         full.check()
         if not 0 <= full.warp <= 1:
             raise ValueError(f"settings.warp={full.warp}: must be from 0 to 1")
