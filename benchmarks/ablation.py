@@ -12,6 +12,8 @@ padded: captions of 65 columns, not of the first of `steps.BUCKETS` that holds t
 dense ITC: all similarities of the batch to batch and queue at once, not in chunks.
 filled patches: attention of the image tower on 208 tokens, a multiple of the width of vectors, of
     which 11 are masked, not on 197. (No lever, the trial of one.)
+fused QKV: queries, keys and values of the image tower from one product with their weights side by
+    side, not from three. (A trial, too.)
 copied state: the step's old state is not given up for the new one.
 remat dots, remat full: the backward pass recomputes, which saves memory and not time.
 bfloat16: matrix products in bfloat16, for which this CPU needs support to gain. Its losses differ.
@@ -44,7 +46,7 @@ from flip_jax.losses import flip as flip_losses
 from flip_jax.losses.itc import grouped_itc_loss
 from flip_jax.models import attention
 from flip_jax.models.bert import Bert, of_each_text
-from flip_jax.models.vit import VisionTransformer
+from flip_jax.models.vit import VisionBlock, VisionTransformer
 
 
 @contextmanager
@@ -104,6 +106,26 @@ def filled_patches() -> Iterator[None]:
 
 
 @contextmanager
+def fused_qkv() -> Iterator[None]:
+    plain = VisionBlock.__call__
+
+    def call(self, x, *, first_only: bool = False):
+        if first_only:
+            return plain(self, x, first_only=True)
+        attn, h = self.attn, self.ln_attn(x)
+        linear = attn.query, attn.key, attn.value
+        kernel = jax.numpy.concatenate([part.kernel[...] for part in linear], axis=1)
+        bias = jax.numpy.concatenate([part.bias[...] for part in linear])
+        projected = jax.numpy.split(h @ kernel.astype(h.dtype) + bias.astype(h.dtype), 3, axis=-1)
+        heads = attention.attend(*(attn._split(part) for part in projected))
+        x = x + attn.out(heads.swapaxes(1, 2).reshape(x.shape))
+        return x + self.mlp(self.ln_mlp(x))
+
+    with patch.object(VisionBlock, "__call__", call):
+        yield
+
+
+@contextmanager
 def copied_state() -> Iterator[None]:
     jit = jax.jit
     with patch.object(jax, "jit", lambda f, donate_argnums=(), **options: jit(f, **options)):
@@ -123,6 +145,7 @@ def variants(cfg: Config) -> dict[str, tuple[Config, Callable[[], Any], bool]]:
         "padded": (cfg, nullcontext, True),
         "dense ITC": (cfg, dense_itc, False),
         "filled patches": (cfg, filled_patches, False),
+        "fused QKV": (cfg, fused_qkv, False),
         "copied state": (cfg, copied_state, False),
         "remat dots": (with_model(cfg, remat="dots"), nullcontext, False),
         "remat full": (with_model(cfg, remat="full"), nullcontext, False),
