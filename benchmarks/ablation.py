@@ -19,7 +19,7 @@ remat dots, remat full: the backward pass recomputes, which saves memory and not
 bfloat16: matrix products in bfloat16, for which this CPU needs support to gain. Its losses differ.
 
 `time` is the ratio to the step with all levers, `temp` the MiB that XLA plans for intermediate
-results. The last line is JSON.
+results, `all` those with the state, old and new. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def main() -> None:
         batch = padded if whole else cut
         with changed():
             step = steps.Step(each, start=start)
-            memory[name] = step.memory(batch)["temp"]
+            memory[name] = step.memory(batch)
             losses[name] = step(batch)
         calls[name] = lambda step=step, batch=batch: step(batch)
         print(f"compiled: {name}, {losses[name]}", flush=True)
@@ -181,10 +181,11 @@ def main() -> None:
     rows = []
     for name in calls:
         row = {"variant": name, "time": median[name] / median["all levers"]}
-        rows.append(row | {"seconds": seconds[name], "temp_mib": round(memory[name])})
+        mib = {f"{part}_mib": round(memory[name][part]) for part in ("temp", "all")}
+        rows.append(row | {"seconds": seconds[name]} | mib)
         print(
-            f"{name:14} {median[name]:6.2f} s, time {row['time']:.2f}, temp {memory[name]:6.0f} MiB"
-            f", spread {steps.spread(seconds[name])}"
+            f"{name:14} {median[name]:6.2f} s, time {row['time']:.2f}, temp {mib['temp_mib']:5} MiB"
+            f", all {mib['all_mib']:5} MiB, spread {steps.spread(seconds[name])}"
         )
     result = {"benchmark": "ablation", "size": args.size, "batch": args.batch, "rows": rows}
     result |= {"columns": cut["token_ids"].shape[1], "load": round(os.getloadavg()[0], 1)}

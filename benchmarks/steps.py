@@ -119,12 +119,13 @@ class Step:
         return self._compiled(batch).as_text()
 
     def memory(self, batch: dict[str, Any]) -> dict[str, float]:
-        """MiB on each device that XLA plans: of `state` and batch, and of `temp`orary results."""
+        """MiB on each device that XLA plans: of `state` and batch, of `temp`orary results, and of
+        `all`, with the new state where that has no place in the old one."""
         found = self._compiled(batch).memory_analysis()
-        return {
-            "state": found.argument_size_in_bytes / 2**20,
-            "temp": found.temp_size_in_bytes / 2**20,
-        }
+        state, temp = found.argument_size_in_bytes, found.temp_size_in_bytes
+        new = found.output_size_in_bytes - found.alias_size_in_bytes
+        sizes = {"state": state, "temp": temp, "all": state + temp + new}
+        return {name: size / 2**20 for name, size in sizes.items()}
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -128,7 +128,7 @@ def test_the_report(place, report):
 
 def test_the_mean_shape_by_a_loop(report, data):
     """In units of the box, drawn into every box: the row `chance`."""
-    train = data.train_and_val("train", "val")[0]
+    train = data.three_splits("train", "val", "test")[0]
     shapes = [[] for _ in range(68)]
     for row in range(len(train)):
         record = train.record(row)

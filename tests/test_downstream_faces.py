@@ -2,8 +2,11 @@
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny_downstream
 
@@ -15,6 +18,7 @@ from flip_jax.downstream.columns import read_columns
 from flip_jax.downstream.face_data import DataLacks, FaceData
 from flip_jax.downstream.faces import Faces
 from flip_jax.downstream.features import FeatureCache
+from flip_jax.downstream.tasks import run_task, task_module
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +39,12 @@ def write(folder, records, split="test"):
     return RecordSource(folder, split)
 
 
-def record(number, image=None, group=None, captions=()):
+def record(number, image=None, group=None, captions=(), id=None):
     if image is None:
         pixels = np.random.default_rng(number).integers(0, 256, (20, 30, 3), dtype=np.uint8)
         image = encode_jpeg(pixels)
     return Record(
-        id=f"r{number}",
+        id=id or f"r{number}",
         group_id=group or f"g{number}",
         image=image,
         captions=list(captions),
@@ -96,24 +100,57 @@ def test_take_by_number_and_by_mask(drawn):
 
 def test_validation_is_its_own_split_or_other_people_of_train(drawn, tmp_path):
     data = FaceData(drawn, 32)
-    train, val = data.train_and_val("train", "val")
+    train, val, test = data.three_splits("train", "val", "test")
+    assert test is data.split("test")
     assert not set(train.group_ids) & set(val.group_ids)
     assert sorted([*train.ids, *val.ids]) == sorted(data.split("train").ids)
     assert 0 < len(val) < len(train)
-    own = data.train_and_val("train", "test")
-    assert own[0] is data.split("train") and own[1] is data.split("test")
-    write(tmp_path / "one", [record(n, group="one") for n in range(3)], "train")
+    names = ("train", "val", "test")
+    for folder, splits in (("own", names), ("one", ("train", "test"))):
+        with RecordWriter(tmp_path / folder, "by hand") as writer:
+            for n, split in enumerate(splits):
+                writer.write(split, record(n, group=split))
+    whole = FaceData(tmp_path / "own", 32)
+    assert list(whole.three_splits(*names)) == [whole.split(name) for name in names]
     with pytest.raises(DataLacks, match="too small to be divided"):
-        FaceData(tmp_path / "one", 32).train_and_val("train", "val")
+        FaceData(tmp_path / "one", 32).three_splits("train", "val", "test")
     with pytest.raises(DataLacks, match="has no split 'val'"):
         data.split("val")
     # Of another name it was asked for, and is misspelt.
-    for misspelt in (lambda: data.split("dev"), lambda: data.train_and_val("train", "vall")):
+    for misspelt in (lambda: data.split("dev"), lambda: data.three_splits("train", "vall", "test")):
         with pytest.raises(ValueError, match=r"has no split '(dev|vall)'; it has test, train") as e:
             misspelt()
         assert not isinstance(e.value, DataLacks)
-    with pytest.raises(ValueError, match="val_split=train: must be another split"):
-        data.train_and_val("train", "train")
+    for names, message in {
+        ("train", "train", "test"): "val_split=train: must be another split than train_split",
+        ("train", "val", "train"): "test_split=train: must be another split than train_split",
+        ("train", "test", "test"): "test_split=test: must be another split than val_split",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            data.three_splits(*names)
+
+
+def test_ids_of_a_table_are_texts(tmp_path):
+    """`0099` is not 99, whatever the other ids look like; no number is no part."""
+    source = write(tmp_path / "faces", [record(n, id=f"{n:04}") for n in (99, 1000)])
+    faces = Faces(source, 32)
+    (tmp_path / "t.csv").write_text("id,tone\n0099,007\n1000,2\n")
+    assert read_columns(f"{tmp_path}/t.csv:tone", faces)["tone"].tolist() == ["007", "2"]
+    table = pa.table({"id": ["0099", "1000"], "tone": [float("nan"), 2.0]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert read_columns(f"{tmp_path}/t.parquet:tone", faces)["tone"].tolist() == ["", "2"]
+
+
+def test_a_place_where_nothing_can_be_written_is_known_before_the_work(drawn, backbone, tmp_path):
+    (tmp_path / "file").touch()
+    data, settings = FaceData(drawn, 32), task_module("zero_shot").Settings(labels="x; y")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match="file"):
+            run_task("zero_shot", settings, None, data, out, [])
+    with pytest.raises(ValueError, match=r"settings\.resamples"):
+        wrong = replace(settings, resamples=0)
+        run_task("zero_shot", wrong, backbone, data, tmp_path / "new", [])
+    assert not (tmp_path / "new").exists()
 
 
 def parts_of(array, calls):
@@ -209,6 +246,9 @@ def test_columns_of_attributes_and_of_a_table(drawn, tmp_path):
     ):
         with pytest.raises((ValueError, OSError), match=words):
             read_columns(by, faces)
+    twice = table.rename(tmp_path / "twice.csv")
+    with pytest.raises(ValueError, match="two columns are called tone; rename one"):
+        read_columns(f"{twice}:tone,{twice}:tone", faces)
     table.write_text("id,tone\nnobody,1\n")
     with pytest.raises(ValueError, match="no value for any record"):
         read_columns(f"{table}:tone", faces)

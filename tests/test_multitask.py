@@ -209,7 +209,7 @@ def test_the_report(ran, data):
 
 @pytest.mark.slow
 def test_chance_is_what_is_most_usual(ran, data):
-    train, test = data.train_and_val("train", "val")[0], data.split("test")
+    train, _, test = data.three_splits("train", "val", "test")
     chance = ran[0].results["chance"]
     usual = (train.attributes == 1).mean(0) > 0.5
     assert chance["accuracy"].value == pytest.approx(100 * (test.attributes == usual).mean())

@@ -161,7 +161,7 @@ def test_the_report(ran, data):
         assert np.array(whole["confusion"]).sum(1).tolist() == pixels.tolist()
         assert len(whole["test_f1"]) == 2 and whole["best_on_test"] == max(whole["test_f1"])
         assert whole["epoch"] == 1 + np.argmax(whole["val_f1"])
-    train = sum(1 for _ in data.train_and_val("train", "val")[0].ids)
+    train = sum(1 for _ in data.three_splits("train", "val", "test")[0].ids)
     assert found["details"]["trained"]["50 %"]["pictures"] == round(train / 2)
     page = (out / "report.md").read_text()
     for words in ("| l_brow |", "image tower frozen", "best on test", "## By Male, random"):
@@ -171,7 +171,7 @@ def test_the_report(ran, data):
 
 
 def test_chance_is_the_most_frequent_class_of_each_place(ran, data):
-    train = data.train_and_val("train", "val")[0]
+    train = data.three_splits("train", "val", "test")[0]
     masks = np.stack([read_picture(train, row).mask for row in range(len(train))])
     counts = (masks[..., None] == np.arange(19)).sum(0)
     faces, always = data.split("test"), counts.argmax(-1)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -276,8 +277,14 @@ def test_one_build_at_a_time(world, tmp_path):
     assert build_index(world.checkpoint, world.data, "test", out).faces == 40
 
 
-def test_what_is_in_the_way_is_not_replaced(world, tmp_path):
+def test_what_is_in_the_way_is_not_replaced(world, tmp_path, monkeypatch):
     given = (world.checkpoint, world.data, "test")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (Path("."), tmp_path / "here"):
+        with pytest.raises(ValueError, match="cannot be replaced: name a folder"):
+            build_index(*given, out)
+    assert not list(tmp_path.glob(".*partial"))
     with pytest.raises(ValueError, match=r"exists; .*--overwrite"):
         build_index(*given, world.index)
     (tmp_path / "photos").mkdir()

@@ -84,6 +84,13 @@ def test_pictures_are_small_jpegs_without_metadata(served, world):
     assert small.size == (320, 107) and not small.getexif()
 
 
+def test_what_browsers_keep_is_asked_for_with_the_version():
+    """Or they show another index's after it was served at the same address."""
+    text = "".join(file.read_text() for file in PAGE.glob("*.js"))
+    kept = re.findall(r"`/(?:pictures|api/strokes)/\$\{\w+\}([^`]*)`", text)
+    assert len(kept) == 2 and all(re.match(r"\?v=\$\{.*version\}", rest) for rest in kept)
+
+
 def test_strokes(served, world):
     status, _, body = served.ask("GET", "/api/strokes/5")
     found, strokes = json.loads(body), world.engine.record(5).strokes

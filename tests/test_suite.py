@@ -197,8 +197,31 @@ def test_bad_input(place, capsys):
     assert not (place / "bad").exists()
 
 
+def test_a_random_backbone_of_each_shape(place, capsys):
+    """The first of a shape that came to its end shows it; masking of patches is no shape."""
+    tiny_downstream.write_model(place / "masked", seed=3, keep_patches=2)
+    tiny_downstream.write_model(place / "broken", spread=float("nan"))
+    checkpoints = ("broken", "masked", "b")
+    assert run(place, "--tasks=zero_shot", checkpoints=checkpoints, out="shapes") == 1
+    assert "broken/zero_shot" in capsys.readouterr().err
+    random = []
+    for label in checkpoints[1:]:
+        report = json.loads((place / "shapes" / label / "zero_shot" / "report.json").read_text())
+        random.append("random" in report["results"])
+    assert random == [True, False]
+
+
+def test_a_report_without_its_picture_is_not_done(place, capsys):
+    more, one = "--tasks=zero_shot", {"checkpoints": ("a",), "out": "picture"}
+    assert run(place, more, **one) == 0
+    (place / "picture" / "a" / "zero_shot" / "report.png").unlink()
+    assert run(place, more, **one) == 0
+    assert "is done" not in capsys.readouterr().out
+
+
 def test_labels_of():
     assert suite.labels_of(["runs/demo"]) == ["demo"]
+    assert suite.labels_of(["runs/demo/data/.."]) == ["demo"]
     assert suite.labels_of(["x/one/model", "x/two/model"]) == ["one-model", "two-model"]
     assert suite.labels_of(["runs/random", "a"])[0] == "runs-random"
 

@@ -30,11 +30,16 @@ MODEL = ModelConfig(
 FACES = DrawnConfig(train_identities=24, test_identities=12, pictures=2, captions=2, size=64)
 
 
-def write_model(folder: Path, seed: int = 3) -> Path:
-    cfg = Config(model=MODEL, data=DataConfig(tokenizer="grammar"))
+def write_model(
+    folder: Path, seed: int = 3, *, spread: float = 0.2, keep_patches: int | None = None
+) -> Path:
+    """Normal weights of standard deviation `spread`; NaN = a broken model."""
+    vision = dataclasses.replace(MODEL.vision, keep_patches=keep_patches)
+    model = dataclasses.replace(MODEL, vision=vision)
+    cfg = Config(model=model, data=DataConfig(tokenizer="grammar"))
     shapes = jax.eval_shape(lambda: flip.init_params(MODEL, 0.07, jax.random.key(0)))
     rng = np.random.default_rng(seed)
-    params = jax.tree.map(lambda s: rng.normal(0, 0.2, s.shape).astype(s.dtype), shapes)
+    params = jax.tree.map(lambda s: (spread * rng.normal(size=s.shape)).astype(s.dtype), shapes)
     params["temperature"] = np.float32(0.07)
     weights = Weights(params, cfg, {"step": 7, "config": to_dict(cfg)})
     write_export(folder, weights, Tokenizer.load("grammar", MODEL.text.max_length))

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         report = tasks.run_task(args.task, settings, backbone, data, out, command)
         print(report.all_tables()[0].markdown())
         print(f"wrote {', '.join(str(out / name) for name in tasks.FILES)}")
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -78,8 +78,8 @@ def run(settings: Settings, backbone: Backbone, data: FaceData, out: Path) -> Ta
 def _faces(settings: Settings, data: FaceData) -> tuple[Splits, Frame, dict[str, tuple[int, int]]]:
     """Faces that can be used; per split how many with landmarks cannot, and how many had to be
     given a box."""
-    train, val = data.train_and_val(settings.train_split, settings.val_split)
-    splits = {"train": train, "val": val, "test": data.split(settings.test_split)}
+    three = data.three_splits(settings.train_split, settings.val_split, settings.test_split)
+    splits = dict(zip(("train", "val", "test"), three, strict=True))
     numbers = {int(n) for faces in splits.values() for n in faces.points[faces.points > 0]}
     if len(numbers) > 1:
         raise DataLacks(

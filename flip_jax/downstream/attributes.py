@@ -114,8 +114,9 @@ def _check(settings: Settings) -> tuple[list[float], tuple[float, ...]]:
 
 
 def _faces(settings: Settings, data: FaceData) -> Splits:
-    train, val = data.train_and_val(settings.train_split, settings.val_split)
-    test = data.split(settings.test_split)
+    train, val, test = data.three_splits(
+        settings.train_split, settings.val_split, settings.test_split
+    )
     for faces in (train, val, test):
         if not (faces.attributes >= 0).any():
             raise DataLacks(

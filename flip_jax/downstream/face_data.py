@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,8 @@ class FaceData:
             "splits": [faces.describe() for faces in self._splits.values()],
         }
 
-    def train_and_val(self, train: str, val: str) -> tuple[Faces, Faces]:
-        """Training and validation faces.
+    def three_splits(self, train: str, val: str, test: str) -> tuple[Faces, Faces, Faces]:
+        """Faces for training, validation and test.
 
         A data set without the split `val` gives about every tenth group of `train`, by a hash of
         the group; the two share no group. With both splits there, they are as the data set has
@@ -108,13 +109,15 @@ class FaceData:
 
         Raises:
           DataLacks, ValueError, OSError: as `split`; or `train` has too few groups to be divided,
-            or is `val`.
+            or two of the names are the same.
         """
-        if val == train:
-            raise ValueError(f"val_split={val}: must be another split than train_split")
-        whole = self.split(train)
+        named = {"train_split": train, "val_split": val, "test_split": test}
+        for (one, name), (other, same) in itertools.combinations(named.items(), 2):
+            if name == same:
+                raise ValueError(f"{other}={same}: must be another split than {one}")
+        whole, tested = self.split(train), self.split(test)
         if val in self.manifest.splits or val != "val":
-            return whole, self.split(val)
+            return whole, self.split(val), tested
         held = np.array([group_number(g) % VAL_SHARE == 0 for g in whole.group_ids])
         if held.all() or not held.any():
             raise DataLacks(
@@ -122,4 +125,4 @@ class FaceData:
                 f"{whole.describe()['groups']} groups is too small to be divided; build the data "
                 "set with a validation split"
             )
-        return whole.take(~held), whole.take(held)
+        return whole.take(~held), whole.take(held), tested

@@ -80,13 +80,9 @@ def run(settings: Settings, backbone: Backbone, data: FaceData, out: Path) -> Ta
 
 
 def _faces(settings: Settings, data: FaceData) -> tuple[Splits, Frame]:
-    train, val = data.train_and_val(settings.train_split, settings.val_split)
+    three = data.three_splits(settings.train_split, settings.val_split, settings.test_split)
     found, numbers = {}, set()
-    for name, faces in {
-        "train": train,
-        "val": val,
-        "test": data.split(settings.test_split),
-    }.items():
+    for name, faces in zip(("train", "val", "test"), three, strict=True):
         both = faces.take(faces.masked & (faces.points > 0))
         if not len(both):
             where = f"{data.path}, split {faces.source.split!r}"

@@ -75,9 +75,8 @@ def run(settings: Settings, backbone: Backbone, data: FaceData, out: Path) -> Ta
 
 
 def _faces(settings: Settings, data: FaceData) -> Splits:
-    train, val = data.train_and_val(settings.train_split, settings.val_split)
     found = []
-    for faces in (train, val, data.split(settings.test_split)):
+    for faces in data.three_splits(settings.train_split, settings.val_split, settings.test_split):
         where = f"{data.path}, split {faces.source.split!r}"
         if not faces.masked.any():
             raise DataLacks(f"{where}: no record has a mask")

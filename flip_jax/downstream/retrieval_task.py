@@ -160,17 +160,18 @@ def run(settings: Settings, backbone: Backbone, data: FaceData, out: Path) -> Ta
 
 
 def _splits(settings: Settings, data: FaceData) -> _Splits:
-    test = with_captions(data.split(settings.test_split), settings.pictures)
-    train = val = None
+    test, train, val = data.split(settings.test_split), None, None
     if settings.train_heads:
-        train, val = data.train_and_val(settings.train_split, settings.val_split)
+        train, val, test = data.three_splits(
+            settings.train_split, settings.val_split, settings.test_split
+        )
         train, val = with_captions(train), with_captions(val, settings.val_pictures)
         if len(np.unique(train.groups)) < 2:
             raise DataLacks(
                 f"{data.path}, split {settings.train_split!r}: its {len(train)} pictures with "
                 "captions are of one group; ITM needs negatives of another"
             )
-    return _Splits(train, val, test)
+    return _Splits(train, val, with_captions(test, settings.pictures))
 
 
 def _outcome(

@@ -158,9 +158,10 @@ def _check(settings: Settings) -> tuple[tuple[float, ...], list[str]]:
 
 
 def _split(settings: Settings, data: FaceData, subjects: list[str]) -> _Splits:
-    train, val = data.train_and_val(settings.train_split, settings.val_split)
+    train, val, test = data.three_splits(
+        settings.train_split, settings.val_split, settings.test_split
+    )
     each = 2 if "other" in subjects else 1
-    test = data.split(settings.test_split)
     given = {"steps": settings.steps, "hand": settings.hand}
     splits = _Splits(
         train=SketchFaces(train, **given),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -33,7 +34,7 @@ from flip_jax.downstream import (
 from flip_jax.downstream.backbone import Backbone
 from flip_jax.downstream.face_data import DataLacks, FaceData
 from flip_jax.downstream.suite_page import PAGE_FILES, Entry, write_page
-from flip_jax.downstream.task_report import write_text
+from flip_jax.downstream.task_report import FILES, write_text
 from flip_jax.downstream.tasks import TASKS, Options, open_inputs, run_task
 
 __all__ = ["PAGE_FILES", "Settings", "labels_of", "read_settings", "run"]
@@ -90,18 +91,17 @@ def run(settings: Settings, args: Arguments, command: Sequence[str]) -> None:
     names = task_names(settings)
     out = args.out or Path("runs/downstream/suite")
     entries: list[Entry] = []
-    shapes: list[Any] = []
+    randoms: dict[Any, set[str]] = {}
     for path, label in zip(args.checkpoint, labels_of(args.checkpoint), strict=True):
         backbone, data = open_inputs(path, args, args.cache or out / "features")
         entry = Entry(label)
-        # A random backbone depends on the shape alone: one of each shape is enough.
-        shape = backbone.cfg.model, backbone.cfg.loss.temperature
-        with_random = shape not in shapes
-        shapes.append(shape)
+        # One random backbone of each shape is enough, the first whose task came to its end.
+        shown = randoms.setdefault(_shape(backbone), set())
         for name in names:
-            task = _Task(name, _settings_of(settings, name, with_random), out / label / name)
+            own = _settings_of(settings, name, with_random=name not in shown)
             print(f"== {label}: {name}", flush=True)
-            _add(entry, task, backbone, data, args.limit, command)
+            _add(entry, _Task(name, own, out / label / name), backbone, data, args.limit, command)
+            shown |= {name} & set(entry.reports)
         entries.append(entry)
     write_page(out, entries, names, command)
     print(f"wrote {', '.join(str(out / name) for name in PAGE_FILES)}")
@@ -115,13 +115,24 @@ def labels_of(checkpoints: Sequence[str]) -> list[str]:
     Raises:
       ValueError: the same folder twice.
     """
-    parts = [Path(path).absolute().parts[1:] for path in checkpoints]
+    # Without `..`, which would be a label that leaves OUT; a link keeps its own name.
+    parts = [Path(os.path.abspath(path)).parts[1:] for path in checkpoints]
     for used in range(1, max(map(len, parts)) + 1):
         labels = ["-".join(part[-used:]) for part in parts]
         # The other columns of the page have names, too.
         if len(set(labels)) == len(parts) and not {"random", "chance"} & set(labels):
             return labels
     raise ValueError(f"--checkpoint: no names tell {', '.join(checkpoints)} apart; is one twice?")
+
+
+def _shape(backbone: Backbone) -> Any:
+    """All that a random backbone depends on: not how a step of training is computed."""
+    model = backbone.cfg.model
+    vision = dataclasses.replace(model.vision, keep_patches=None, attention="plain")
+    return (
+        dataclasses.replace(model, vision=vision, remat="none"),
+        backbone.cfg.loss.temperature,
+    )
 
 
 def task_names(settings: Settings) -> list[str]:
@@ -171,6 +182,7 @@ class _Task:
                 noted["key"] == key
                 and noted["report_sha256"] == file_sha256(report)
                 and (noted["random_backbone"] or not self.settings.random_backbone)
+                and all((self.folder / name).is_file() for name in FILES)
             )
         except (OSError, ValueError, KeyError, TypeError):
             return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -69,10 +70,24 @@ def run_task(
       OSError: data cannot be read, or `out` not be written.
     """
     check_types(settings, "settings")
+    _check_writable(out)
     report = task_module(name).run(settings, backbone, data, out)
     written = {"command": command, "settings": settings, "backbone": backbone, "data": data}
     write_report(report, out, **written)
     return report
+
+
+def _check_writable(out: Path) -> None:
+    """Before a training whose heads could not be saved. Leaves no folder that was not there.
+
+    Raises:
+      OSError: no file can be written in `out`.
+    """
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()
+    if made:
+        out.rmdir()
 
 
 def open_inputs(checkpoint: str, options: Options, cache: Path) -> tuple[Backbone, FaceData]:

@@ -264,7 +264,7 @@ def _json(value: Any, status: int = 200, *, cached: bool = False) -> web.Respons
 
 
 def _cache(is_long: bool) -> dict[str, str]:
-    """Pictures carry the version of the index in their address, so they can be kept."""
+    """The address of pictures and sketches has the version of the index, so they can be kept."""
     return {"Cache-Control": "private, max-age=86400" if is_long else "no-store"}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -123,6 +124,9 @@ def _put_in_place(finished: Path, out: Path, replaced: Path) -> None:
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
+    """Before the work, too: the index takes this place by a rename."""
+    if out.exists() and (out.samefile(".") or os.path.ismount(out)):
+        raise ValueError(f"{out} cannot be replaced: name a folder to be made, such as {out}/index")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not overwrite:

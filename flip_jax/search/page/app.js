@@ -258,7 +258,7 @@ function showExamples() {
       attach(null);
       openSketch();
       byId("drawing").scrollIntoView({ block: "nearest", behavior: "smooth" });
-      await sketch.play(await ask(`/api/strokes/${face}`));
+      await sketch.play(await ask(`/api/strokes/${face}?v=${info.version}`));
     }));
   byId("example-faces").replaceChildren(...pictures, ...drawn);
   byId("examples").hidden = false;
