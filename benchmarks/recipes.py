@@ -180,9 +180,11 @@ def row_config(row: str, cfg: Config, seed: int, pairs: int, data: Path) -> Conf
             f"{cfg.data.batch_size} of --config"
         )
     epochs = max(pairs // cfg.data.batch_size, 1) / per_epoch
+    share = epochs / cfg.epochs
     cfg = replace(
         cfg,
-        loss=replace(cfg.loss, alpha_ramp_epochs=cfg.loss.alpha_ramp_epochs * epochs / cfg.epochs),
+        loss=replace(cfg.loss, alpha_ramp_epochs=cfg.loss.alpha_ramp_epochs * share),
+        unmasked_epochs=cfg.unmasked_epochs * share,
         data=replace(cfg.data, path=str(data)),
         epochs=epochs,
         seed=seed,

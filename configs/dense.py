@@ -18,7 +18,7 @@ def get_config() -> Config:
     return replace(
         demo,
         model=replace(demo.model, vision=vision),
-        loss=replace(demo.loss, weights=weights),
+        loss=replace(demo.loss, weights=weights, alpha_ramp_epochs=6.0),
         data=replace(
             demo.data,
             drawn=DrawnConfig(train_identities=6000, test_identities=500, pictures=2, size=96),

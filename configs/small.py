@@ -21,7 +21,7 @@ def get_config() -> Config:
     return replace(
         demo,
         model=replace(demo.model, vision=vision, mim_depth=0),
-        loss=replace(demo.loss, weights=LossWeights(), alpha_ramp_epochs=4.0),
+        loss=replace(demo.loss, weights=LossWeights(), mim_share=0.4, alpha_ramp_epochs=4.0),
         optim=replace(demo.optim, warmup_steps=100),
         data=DataConfig(batch_size=64, tokenizer="grammar"),
         eval=replace(demo.eval, every_epochs=6.0, max_images=None),

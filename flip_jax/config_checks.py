@@ -95,12 +95,14 @@ def _validate_training(cfg: Config) -> None:
         "must be None or first,last with 1 <= first <= last",
     )
     _require(cfg.epochs > 0, "epochs", cfg.epochs, "must be above 0")
-    most = cfg.epochs if cfg.model.vision.keep_patches is not None else 0
+    masked = cfg.model.vision.keep_patches is not None
     _require(
-        0 <= cfg.unmasked_epochs <= most,
+        0 <= cfg.unmasked_epochs <= (cfg.epochs if masked else 0),
         "unmasked_epochs",
         cfg.unmasked_epochs,
-        "must be 0 up to epochs; above 0 only with model.vision.keep_patches",
+        f"must be 0 up to epochs, which are {cfg.epochs}: set it lower, too"
+        if masked
+        else "must be 0 up to epochs, and above 0 only with model.vision.keep_patches",
     )
 
 

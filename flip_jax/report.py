@@ -15,7 +15,7 @@ from flip_jax import distributed
 from flip_jax.downstream.retrieval import SHOWN, Retrieval
 
 QUERIES = 6
-# What the plot of the losses shows: the first two that there are.
+# What the plot of the losses shows, the first that there is on a scale of its own.
 LOSSES = (
     ("loss_itc", "ITC"),
     ("loss_sigmoid", "sigmoid"),
@@ -37,19 +37,20 @@ def _curve(rows: list[dict[str, float]], name: str) -> tuple[list[float], list[f
 
 
 def _two_scales(
-    axis: Axes, rows: list[dict], left: tuple[str, str], right: tuple[str, str]
+    axis: Axes, rows: list[dict], left: tuple[str, str], *right: tuple[str, str]
 ) -> None:
-    """Two curves, (metric, label) each, the second against an axis of its own."""
+    """Curves, (metric, label) each, all but the first against an axis of their own."""
     other = axis.twinx()
     axis.plot(*_curve(rows, left[0]), color="tab:blue", label=left[1])
-    other.plot(*_curve(rows, right[0]), color="tab:orange", label=right[1])
+    for (metric, label), colour in zip(right, ("orange", "green", "red"), strict=False):
+        other.plot(*_curve(rows, metric), color=f"tab:{colour}", label=label)
     axis.legend(handles=[*axis.lines, *other.lines], fontsize=7)
 
 
 def _plot_curves(figure: SubFigure, rows: list[dict[str, float]]) -> None:
     losses, recalls, rates = figure.subplots(1, 3)
     parts = [(metric, label) for metric, label in LOSSES if any(metric in row for row in rows)]
-    _two_scales(losses, rows, *(parts + [("loss", "sum")] * 2)[:2])
+    _two_scales(losses, rows, *(parts if len(parts) > 1 else [*parts, ("loss", "sum")]))
     losses.set_title("loss")
     for order in ("cosine", "reranked"):
         for direction, arrow in (("t2i", "text→image"), ("i2t", "image→text")):

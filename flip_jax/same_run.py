@@ -44,7 +44,7 @@ def check_same_run(stored: Mapping[str, Any], current: Mapping[str, Any], folder
     if fatal:
         raise ValueError(
             f"{folder} was written by a run of another model or vocabulary: {'; '.join(fatal)}. "
-            "Set these fields back, or choose a new workdir"
+            "Choose a new workdir, or set these fields and what depends on them back"
         )
     allowed = [line for _, line in differences]
     if stored["data_hash"] != current["data_hash"]:

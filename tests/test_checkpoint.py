@@ -359,7 +359,7 @@ def test_another_model_or_vocabulary_is_refused(tmp_path, change, message):
         pytest.raises(ValueError, match=message) as caught,
     ):
         saver.restore(target_of(make_state(1, mesh), mesh))
-    assert "choose a new workdir" in str(caught.value)
+    assert "Choose a new workdir" in str(caught.value)
 
 
 def test_a_step_without_what_is_needed_is_refused(tmp_path):

@@ -282,5 +282,5 @@ def test_settings_out_of_range(change, message, backbone, data, tmp_path):
 
 def test_default_settings():
     full = Settings().resolved(64)
-    assert (full.size, full.finetune, full.three_weights()) == (128, False, (1.0, 1.0, 1.0))
+    assert (full.size, full.finetune, full.three_weights()) == (64, False, (1.0, 1.0, 1.0))
     assert full.augment.gray == 0

@@ -315,7 +315,7 @@ def test_recipes():
     assert (lapa.augment.shift, lapa.augment.rotate, lapa.augment.scale) == (0.01, 0.314, 0.1)
     celeba = Settings(recipe="celeba_hq").resolved(224)
     assert (celeba.warp, celeba.align, celeba.epochs) == (0.0, "none", 300)
-    assert Settings().resolved(64).size == 128 and not Settings().resolved(64).finetune
+    assert Settings().resolved(64).size == 64 and not Settings().resolved(64).finetune
     assert {*RECIPES} == {"small", "celeba_hq", "lapa"}
 
 

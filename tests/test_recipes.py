@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,13 @@ def test_a_row_changes_one_thing(drawn):
     }
     kept = [found[name].model.vision.keep_patches for name in ("masked50", "masked75")]
     assert kept == [2, 1] and found["masked50"].unmasked_epochs == base.epochs / 15
+
+
+def test_all_that_is_in_epochs_keeps_its_share(drawn):
+    vision = replace(DEBUG.model.vision, keep_patches=2)
+    masked = replace(DEBUG, model=replace(DEBUG.model, vision=vision), unmasked_epochs=1.0)
+    cfg = recipes.row_config("reference", masked, 3, 80, drawn)
+    assert cfg.unmasked_epochs / cfg.epochs == pytest.approx(1 / DEBUG.epochs)
 
 
 def test_the_small_config_is_the_reference_but_for_sizes_and_cures():

@@ -56,11 +56,17 @@ def test_a_run_goes_over_to_all_patches_and_stays_there(tmp_path, monkeypatch):
     assert checkpoint.read_meta(tmp_path)["step"] == 4
 
 
-@pytest.mark.parametrize("fields", [["unmasked_epochs=1"], ["unmasked_epochs=16", "keep"]])
-def test_needs_masking_and_no_more_than_all_epochs(fields):
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        (["unmasked_epochs=1"], "above 0 only with model.vision.keep_patches"),
+        (["unmasked_epochs=16", "keep"], "which are 15.0: set it lower, too"),
+    ],
+)
+def test_needs_masking_and_no_more_than_all_epochs(fields, reason):
     fields = [f.replace("keep", "model.vision.keep_patches=98") for f in fields]
     cfg = config.from_arguments(config.Config(), [f"--config.{f}" for f in fields])
-    with pytest.raises(ValueError, match=r"config\.unmasked_epochs=.*must be 0 up to epochs"):
+    with pytest.raises(ValueError, match=r"unmasked_epochs=.*must be 0 up to epochs, .*" + reason):
         config.validate(cfg)
 
 
