@@ -182,6 +182,19 @@ def test_one_picture_per_person(tmp_path, backbone):
         run(Settings(**vars(SHORT) | {"subjects": "other"}), backbone, data, tmp_path)
 
 
+@contextlib.contextmanager
+def train_twice(data):
+    """The same records as another split, `again`."""
+    before = (data / "manifest.json").read_text()
+    manifest = json.loads(before)
+    manifest["splits"]["again"] = manifest["splits"]["train"]
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    try:
+        yield
+    finally:
+        (data / "manifest.json").write_text(before)
+
+
 @pytest.mark.parametrize(
     ("field", "message"),
     [
@@ -193,12 +206,14 @@ def test_one_picture_per_person(tmp_path, backbone):
         ("--features=all", "settings.features=all: must be one of 'class', 'layers', 'grid'"),
         ("--rates=nan", "settings.rates='nan'"),
         ("--test-split=dev", "no split 'dev'"),
-        ("--test-split=train", "such as 'drawn:0', are there for train and for test"),
+        ("--test-split=train", "test_split=train: must be another split than train_split"),
+        ("--test-split=again", "such as 'drawn:0', are there for train and for test"),
     ],
 )
 def test_settings_that_cannot_be(places, capsys, field, message):
     _, shared = places
-    assert main(["slfir", *shared, field]) == 1
+    with train_twice(places[0] / "runs" / "demo" / "data"):
+        assert main(["slfir", *shared, field]) == 1
     assert message in capsys.readouterr().err
 
 
