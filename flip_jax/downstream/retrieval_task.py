@@ -160,9 +160,10 @@ def run(settings: Settings, backbone: Backbone, data: FaceData, out: Path) -> Ta
 
 
 def _splits(settings: Settings, data: FaceData) -> _Splits:
-    test, train, val = data.split(settings.test_split), None, None
+    test = with_captions(data.split(settings.test_split), settings.pictures)
+    train = val = None
     if settings.train_heads:
-        train, val, test = data.three_splits(
+        train, val, _ = data.three_splits(
             settings.train_split, settings.val_split, settings.test_split
         )
         train, val = with_captions(train), with_captions(val, settings.val_pictures)
@@ -171,7 +172,7 @@ def _splits(settings: Settings, data: FaceData) -> _Splits:
                 f"{data.path}, split {settings.train_split!r}: its {len(train)} pictures with "
                 "captions are of one group; ITM needs negatives of another"
             )
-    return _Splits(train, val, with_captions(test, settings.pictures))
+    return _Splits(train, val, test)
 
 
 def _outcome(
