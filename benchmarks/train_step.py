@@ -1,6 +1,6 @@
 """Pairs per second of the full training step at base size: flip_jax against PyTorch, in one run.
 
-    python benchmarks/train_step.py [--batch 4] [--steps 2] [--captions grammar full]
+    python benchmarks/train_step.py [--batch 4] [--steps 2] [--captions grammar full] [--bfloat16]
 
 Both sides run the reference recipe in float32 on the CPU with the same weights and batch: two
 towers, momentum twins, ITC against the batch and the queue, ITM with two hard negatives, AdamW.
@@ -10,7 +10,8 @@ turns, so that a busy machine slows both. The peer is `torch_peer.py`. Needs the
 `full` captions have 65 real tokens, the most there are. `grammar` captions have the lengths of
 those that the grammar writes: flip_jax cuts them to the first of `steps.BUCKETS` that holds the
 longest, the peer pads them to 65 as the reference does; `pytorch, cut` is the peer on the same cut
-texts.
+texts. With --bfloat16 both also run with matrix products in bfloat16 (`torch.autocast` there); the
+losses of these are compared within 0.05.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,10 @@ from flip_jax.convert import torch_flip
 DROPOUT = 0.1
 
 
-def our_config(batch: int, dropout: float) -> Config:
+def our_config(batch: int, dropout: float, dtype: str = "float32") -> Config:
     """With the faster `remat` here, see `ablation.py`: less is written to memory and read again."""
     cfg = steps.our_config(batch, dropout)
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, remat="dots"))
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, remat="dots", dtype=dtype))
 
 
 def torch_batch(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
@@ -58,12 +59,18 @@ def torch_texts(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 
 class Sides:
-    """Both implementations, with the same weights, ready to step."""
+    """Both implementations, with the same weights, ready to step.
 
-    def __init__(self, batch: int):
+    Attributes:
+      ours: by type of the matrix products.
+    """
+
+    def __init__(self, batch: int, dtypes: Sequence[str]):
         cfg = our_config(batch, DROPOUT)
-        self.ours = steps.Step(cfg)
-        state = self.ours.state
+        self.ours = {"float32": steps.Step(cfg)}
+        state = self.ours["float32"].state
+        for dtype in dtypes[1:]:
+            self.ours[dtype] = steps.Step(our_config(batch, DROPOUT, dtype), start=state)
         self.peer = torch_peer.TorchFlip(torch_peer.PeerConfig(dropout=DROPOUT))
         official = torch_flip.params_to_official(state["params"], cfg.model)
         official |= torch_flip.params_to_official(state["momentum"], cfg.model, twin=True)
@@ -76,9 +83,12 @@ class Sides:
             if isinstance(module, torch.nn.Dropout):
                 module.p = rate
 
-    def theirs(self, batch: dict[str, torch.Tensor], negatives=None) -> dict[str, float]:
+    def theirs(
+        self, batch: dict[str, torch.Tensor], negatives=None, dtype: str = "float32"
+    ) -> dict[str, float]:
         extra = {} if negatives is None else {"negatives": negatives}
-        return torch_peer.train_step(self.peer, self.optimizer, batch | extra, ALPHA)
+        cast = None if dtype == "float32" else getattr(torch, dtype)
+        return torch_peer.train_step(self.peer, self.optimizer, batch | extra, ALPHA, cast)
 
 
 def padded_batch(kind: str, size: int) -> dict[str, np.ndarray]:
@@ -92,18 +102,20 @@ def assert_same_losses(sides: Sides, batches: Mapping[str, dict[str, np.ndarray]
     The peer keeps the weights of these steps, ours are steps of a copy.
     """
     size = len(next(iter(batches.values()))["group"])
-    plain = steps.Step(our_config(size, dropout=0.0), start=sides.ours.state)
+    start = sides.ours["float32"].state
+    plain = {d: steps.Step(our_config(size, 0.0, d), start=start) for d in sides.ours}
     sides.peer_dropout(0.0)
     drawn = (np.arange(size) + 1) % size
     given = torch.from_numpy(drawn)
     for kind, padded in batches.items():
         cut = steps.cut(padded) | {"negatives": {"image": drawn, "text": drawn}}
-        ours = plain(cut)
         theirs = sides.theirs(torch_batch(padded), negatives=(given, given))
-        for name, value in ours.items():
-            if abs(value - theirs[name]) > 1e-4:
-                raise AssertionError(f"{kind}, {name}: {value} here, {theirs[name]} in PyTorch")
-        print(f"{kind:8} same losses: {ours}", flush=True)
+        for dtype, step in plain.items():
+            ours = step(cut)
+            for name, value in ours.items():
+                if abs(value - theirs[name]) > (1e-4 if dtype == "float32" else 0.05):
+                    raise AssertionError(f"{kind}, {name}: {value} here, {theirs[name]} in PyTorch")
+            print(f"{kind:8} same losses, {dtype}: {ours}", flush=True)
     sides.peer_dropout(DROPOUT)
 
 
@@ -111,7 +123,11 @@ def compare(sides: Sides, kind: str, padded: dict[str, Any], rounds: int) -> dic
     """One row: the sides on captions of a kind, timed in turns."""
     size, cut = len(padded["group"]), steps.cut(padded)
     peer_padded, peer_cut = torch_batch(padded), torch_batch(cut)
-    calls = {"flip_jax": lambda: sides.ours(cut), "pytorch": lambda: sides.theirs(peer_padded)}
+    calls = {}
+    for dtype, step in sides.ours.items():
+        note = "" if dtype == "float32" else f", {dtype}"
+        calls["flip_jax" + note] = lambda step=step: step(cut)
+        calls["pytorch" + note] = lambda d=dtype: sides.theirs(peer_padded, dtype=d)
     if kind == "grammar":
         calls["pytorch, cut"] = lambda: sides.theirs(peer_cut)
     first = steps.in_turns(calls, 1)
@@ -119,7 +135,7 @@ def compare(sides: Sides, kind: str, padded: dict[str, Any], rounds: int) -> dic
     median = steps.medians(times)
     for name, seconds in median.items():
         ratio = seconds / median["flip_jax"]
-        print(f"{kind:8} {name:13} {size / seconds:6.3f} pairs/s {seconds:6.2f} s {ratio:5.2f}")
+        print(f"{kind:8} {name:18} {size / seconds:6.3f} pairs/s {seconds:6.2f} s {ratio:5.2f}")
     return {
         "captions": kind,
         "mean_tokens": float(padded["token_mask"].sum(axis=1).mean()),
@@ -138,9 +154,10 @@ def main() -> None:
         "--captions", nargs="+", choices=("grammar", "full"), default=["grammar", "full"]
     )
     parser.add_argument("--steps", type=int, default=2, help="timed steps of each side, in turns")
+    parser.add_argument("--bfloat16", action="store_true", help="both sides in bfloat16, too")
     args = parser.parse_args()
     batches = {kind: padded_batch(kind, args.batch) for kind in args.captions}
-    sides = Sides(args.batch)
+    sides = Sides(args.batch, ["float32", "bfloat16"] if args.bfloat16 else ["float32"])
     assert_same_losses(sides, batches)
     rows = [compare(sides, kind, batch, args.steps) for kind, batch in batches.items()]
     result = {
