@@ -66,7 +66,8 @@ def test_a_run_goes_over_to_all_patches_and_stays_there(tmp_path, monkeypatch):
 def test_needs_masking_and_no_more_than_all_epochs(fields, reason):
     fields = [f.replace("keep", "model.vision.keep_patches=98") for f in fields]
     cfg = config.from_arguments(config.Config(), [f"--config.{f}" for f in fields])
-    with pytest.raises(ValueError, match=r"unmasked_epochs=.*must be 0 up to epochs, .*" + reason):
+    said = r"config\.unmasked_epochs=.*must be 0 up to epochs, .*" + reason
+    with pytest.raises(ValueError, match=said):
         config.validate(cfg)
 
 
