@@ -42,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import steps
 from flip_jax.config import Config
+from flip_jax.huge_pages import restart_with_huge_pages
 from flip_jax.losses import flip as flip_losses
 from flip_jax.losses.itc import grouped_itc_loss
 from flip_jax.models import attention
@@ -154,6 +155,7 @@ def variants(cfg: Config) -> dict[str, tuple[Config, Callable[[], Any], bool]]:
 
 
 def main() -> None:
+    restart_with_huge_pages()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2, help="of each step, in turns")

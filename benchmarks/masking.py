@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import steps
 from flip_jax.config import Config, LossConfig, LossWeights
+from flip_jax.huge_pages import restart_with_huge_pages
 from flip_jax.metrics import model_flops_per_pair
 
 PATCHES = (196, 98, 49)
@@ -47,6 +48,7 @@ def masked(cfg: Config, keep: int) -> Config:
 
 
 def main() -> None:
+    restart_with_huge_pages()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--batch", type=int, default=None, help="of all recipes")
@@ -64,7 +66,6 @@ def main() -> None:
         start = steps.Step(cfg).state
         calls = {keep: steps.Step(each, start=start) for keep, each in configs.items()}
         calls = {keep: lambda step=step, b=batch: step(b) for keep, step in calls.items()}
-        steps.in_turns(calls, 1)  # compiles
         seconds = steps.in_turns(calls, args.rounds)
         median = steps.medians(seconds)
         work = {keep: model_flops_per_pair(each, tokens) for keep, each in configs.items()}

@@ -43,6 +43,7 @@ from flip_jax.config import MeshConfig
 from flip_jax.convert import torch_flip
 from flip_jax.downstream import pair_visits
 from flip_jax.downstream.retrieval import score_tops, search
+from flip_jax.huge_pages import restart_with_huge_pages
 from flip_jax.models import flip
 
 BLOCK = 16  # images, eight times as many pairs in a call
@@ -146,6 +147,7 @@ class Theirs:
 
 
 def main() -> None:
+    restart_with_huge_pages()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gallery", type=int, default=1000)
     parser.add_argument("--k", type=int, default=256)

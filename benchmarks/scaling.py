@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import steps
 from flip_jax import partition
+from flip_jax.huge_pages import restart_with_huge_pages
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ WHAT = {"time": "s per step", "temp": "MiB, temporary", "state": "MiB, state and
 
 
 def main() -> None:
+    restart_with_huge_pages()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--png", type=Path, default=None, help="draws the growth into this file")
     parser.add_argument("--rounds", type=int, default=2, help="of each step, in turns")
@@ -96,7 +98,6 @@ def measure(point: Point, rounds: int, depth: int) -> dict[str, float]:
     batch = steps.make_batch(np.full(point.batch, 65), side=point.image)
     batch = partition.to_global(batch, step.mesh)
     memory = step.memory(batch)
-    step(batch)
     return memory | steps.medians(steps.in_turns({"time": lambda: step(batch)}, rounds))
 
 

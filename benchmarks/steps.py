@@ -135,10 +135,16 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def in_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, one after the other and again, so that a busy machine slows all."""
+    """Seconds of each call, one after the other and again, so that a busy machine slows all.
+
+    Each is made twice, and the second one is timed: a step of a training follows another one. After
+    something else the memory that it takes may have gone back to the host of a virtual machine,
+    which can make a step half as long again; the first call of all also compiles.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
+            call()
             seconds[name].append(timed(call))
     return seconds
 

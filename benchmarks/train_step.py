@@ -34,6 +34,7 @@ from benchmarks import steps, torch_peer
 from benchmarks.steps import ALPHA
 from flip_jax.config import Config
 from flip_jax.convert import torch_flip
+from flip_jax.huge_pages import restart_with_huge_pages
 
 DROPOUT = 0.1
 
@@ -131,7 +132,6 @@ def compare(sides: Sides, kind: str, padded: dict[str, Any], rounds: int) -> dic
         calls["pytorch" + note] = lambda d=dtype: sides.theirs(peer_padded, dtype=d)
     if kind == "grammar":
         calls["pytorch, cut"] = lambda: sides.theirs(peer_cut)
-    first = steps.in_turns(calls, 1)
     times = steps.in_turns(calls, rounds)
     median = steps.medians(times)
     for name, seconds in median.items():
@@ -143,12 +143,12 @@ def compare(sides: Sides, kind: str, padded: dict[str, Any], rounds: int) -> dic
         "columns": cut["token_ids"].shape[1],
         "pairs_per_second": {name: size / seconds for name, seconds in median.items()},
         "ratio": {name: seconds / median["flip_jax"] for name, seconds in median.items()},
-        "first_step_seconds": first,
         "seconds": times,
     }
 
 
 def main() -> None:
+    restart_with_huge_pages()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument(

@@ -42,7 +42,8 @@ def outputs(model: flip.Flip, whole: bool):
 
 
 @pytest.mark.parametrize(
-    "depth, remat", [pytest.param(1, "dots", marks=pytest.mark.slow), (3, "full")]
+    "depth, remat",
+    [pytest.param(1, "dots", marks=pytest.mark.slow), (3, "none"), (3, "dots"), (3, "full")],
 )
 def test_value_and_gradient_are_those_of_the_whole(depth, remat):
     towers = (dataclasses.replace(t, depth=depth) for t in (CONFIG.vision, CONFIG.text))
@@ -79,6 +80,16 @@ def test_the_last_block_computes_no_other_token():
     assert flops(lambda m: m.bert(ids, mask, first_only=True)) < 1.9 * flops(
         lambda m: m.bert(ids, mask)
     )
+
+
+def test_the_other_blocks_are_read_where_they_are():
+    """No copy of all layers but the last, which would be most of the weights of a tower."""
+    params = flip.init_params(CONFIG, 0.07, jax.random.key(0))
+    graphdef = flip.build(CONFIG)
+    _, ids, mask = inputs()
+    embed = jax.jit(lambda params: nnx.merge(graphdef, params).embed_text(ids, mask))
+    program = embed.lower(params).compile().as_text()
+    assert "f32[3,8,28]" in program and "f32[2,8,28]" not in program
 
 
 def test_dropout_is_active_in_the_last_block():

@@ -8,6 +8,7 @@ are float32. Dims: B rows, S tokens, D width, L layers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -102,6 +103,33 @@ _REMAT_POLICIES = {
 }
 
 
+@jax.custom_vjp
+def split_last(stacks: Any) -> tuple[Any, Any]:
+    """A tree of [L, ...] -> of all layers but the last [L - 1, ...], and of the last one [...].
+
+    Its gradient is put together once; that of two slices are two arrays filled up with zeros.
+    """
+    return jax.tree.map(lambda a: a[:-1], stacks), jax.tree.map(lambda a: a[-1], stacks)
+
+
+def _join_last(_, grads: tuple[Any, Any]) -> tuple[Any]:
+    return (jax.tree.map(lambda a, last: jnp.concatenate([a, last[None]]), *grads),)
+
+
+split_last.defvjp(lambda stacks: (split_last(stacks), None), _join_last)
+
+
+@jax.custom_jvp
+def in_place_of(equal: Any, values: Any) -> Any:
+    """`values`; the gradient goes to `equal`, which is therefore never computed itself."""
+    return values
+
+
+@in_place_of.defjvp
+def _(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
+    return primals[1], tangents[0]
+
+
 def scan_blocks(
     blocks: nnx.Module,
     x: Array,
@@ -129,21 +157,35 @@ def scan_blocks(
     """
     graphdef, state = nnx.split(blocks)
     depth = jax.tree.leaves(state)[0].shape[0]
-    layers = state, (None if key is None else jax.random.split(key, depth))
+    keys = None if key is None else jax.random.split(key, depth)
 
-    def body_of(apply: Callable[..., Array], **options: bool) -> Callable[..., Any]:
-        def body(x: Array, layer):
-            params, layer_key = layer
-            x = rows_over_devices(apply(nnx.merge(graphdef, params), x, layer_key))
-            return x, (x if collect else None)
+    def run(apply: Callable[..., Array], x: Array, params: Any, layer_key: Array | None):
+        x = rows_over_devices(apply(nnx.merge(graphdef, params), x, layer_key))
+        return x, (x if collect else None)
 
+    # In a scan, which cannot undo the recomputation, nothing need prevent that (`prevent_cse`).
+    def rematted(body: Callable[..., Any], **options: bool) -> Callable[..., Any]:
         if remat == "none":
             return body
         return jax.checkpoint(body, policy=_REMAT_POLICIES[remat], **options)
 
-    body = body_of(apply, prevent_cse=False)  # a scan cannot undo the recomputation
     x = rows_over_devices(x)
     if last is None:
-        return jax.lax.scan(body, x, layers)
-    x, _ = jax.lax.scan(body, x, jax.tree.map(lambda a: a[:-1], layers))
-    return body_of(last)(x, jax.tree.map(lambda a: a[-1], layers))
+        body = rematted(lambda x, layer: run(apply, x, *layer), prevent_cse=False)
+        return jax.lax.scan(body, x, (state, keys))
+
+    # Each layer is read from the whole stack: all but the last of it would be a copy.
+    stacks = jax.lax.stop_gradient(state)
+    others, ending = split_last(state)
+
+    def body(x: Array, layer):
+        i, params, layer_key = layer
+        in_stack = jax.tree.map(
+            lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), stacks
+        )
+        params = in_place_of(params, in_stack)
+        return run(apply, x, params, layer_key)
+
+    layers = jnp.arange(depth - 1), others, None if keys is None else keys[:-1]
+    x, _ = jax.lax.scan(rematted(body, prevent_cse=False), x, layers)
+    return rematted(partial(run, last))(x, ending, None if keys is None else keys[-1])
