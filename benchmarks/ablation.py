@@ -1,6 +1,6 @@
 """What each lever of the training step gives: the step without it, against the step with all.
 
-    python benchmarks/ablation.py [--batch 4] [--rounds 2] [--size half|base]
+    python benchmarks/ablation.py [--batch 4] [--rounds 2] [--size half|base] [--trials]
 
 The whole recipe in float32, captions of the lengths that the grammar writes, no dropout and given
 negatives, so that the losses of all variants can be compared before they are timed in turns.
@@ -10,13 +10,16 @@ keys per text: cross-attention keys and values made anew for each of the three t
 all tokens: the last layer computes all tokens where only the first one is read.
 padded: captions of 65 columns, not of the first of `steps.BUCKETS` that holds the longest.
 dense ITC: all similarities of the batch to batch and queue at once, not in chunks.
-filled patches: attention of the image tower on 208 tokens, a multiple of the width of vectors, of
-    which 11 are masked, not on 197. (No lever, the trial of one.)
-fused QKV: queries, keys and values of the image tower from one product with their weights side by
-    side, not from three. (A trial, too.)
 copied state: the step's old state is not given up for the new one.
 remat dots, remat full: the backward pass recomputes, which saves memory and not time.
 bfloat16: matrix products in bfloat16, for which this CPU needs support to gain. Its losses differ.
+
+With --trials also what was tried and is not in the step:
+
+filled patches: attention of the image tower on 208 tokens, a multiple of the width of vectors, of
+    which 11 are masked, not on 197.
+fused QKV: queries, keys and values of the image tower from one product with their weights side by
+    side, not from three.
 
 `time` is the ratio to the step with all levers, `temp` the MiB that XLA plans for intermediate
 results, `all` those with the state, old and new. The last line is JSON.
@@ -145,13 +148,14 @@ def variants(cfg: Config) -> dict[str, tuple[Config, Callable[[], Any], bool]]:
         "all tokens": (cfg, all_tokens, False),
         "padded": (cfg, nullcontext, True),
         "dense ITC": (cfg, dense_itc, False),
-        "filled patches": (cfg, filled_patches, False),
-        "fused QKV": (cfg, fused_qkv, False),
         "copied state": (cfg, copied_state, False),
         "remat dots": (with_model(cfg, remat="dots"), nullcontext, False),
         "remat full": (with_model(cfg, remat="full"), nullcontext, False),
         "bfloat16": (with_model(cfg, dtype="bfloat16"), nullcontext, False),
     }
+
+
+TRIALS = {"filled patches": filled_patches, "fused QKV": fused_qkv}
 
 
 def main() -> None:
@@ -160,6 +164,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2, help="of each step, in turns")
     parser.add_argument("--size", choices=steps.CONFIGS, default="half")
+    parser.add_argument("--trials", action="store_true", help="what is not in the step, too")
     args = parser.parse_args()
     cfg = steps.CONFIGS[args.size](args.batch, dropout=0.0)
     padded = steps.make_batch(steps.grammar_lengths(args.batch))
@@ -169,7 +174,8 @@ def main() -> None:
 
     start = steps.Step(cfg).state
     calls, memory, losses = {}, {}, {}
-    for name, (each, changed, whole) in variants(cfg).items():
+    tried = {name: (cfg, trial, False) for name, trial in TRIALS.items()} if args.trials else {}
+    for name, (each, changed, whole) in (variants(cfg) | tried).items():
         batch = padded if whole else cut
         with changed():
             step = steps.Step(each, start=start)
