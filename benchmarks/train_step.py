@@ -40,7 +40,7 @@ DROPOUT = 0.1
 
 
 def our_config(batch: int, dropout: float, dtype: str = "float32") -> Config:
-    """With the faster `remat` here, see `ablation.py`: less is written to memory and read again."""
+    """With the `remat` that takes half of the memory and, at base size, no more time."""
     cfg = steps.our_config(batch, dropout)
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, remat="dots", dtype=dtype))
 

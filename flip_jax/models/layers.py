@@ -121,12 +121,15 @@ split_last.defvjp(lambda stacks: (split_last(stacks), None), _join_last)
 
 @jax.custom_jvp
 def in_place_of(equal: Any, values: Any) -> Any:
-    """`values`; the gradient goes to `equal`, which is therefore never computed itself."""
+    """`values`, a tree of arrays; their gradient goes to `equal`, a tree of the same numbers.
+
+    Nothing reads `equal`, so that XLA need not compute it.
+    """
     return values
 
 
 @in_place_of.defjvp
-def _(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
+def _in_place_of_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
     return primals[1], tangents[0]
 
 
