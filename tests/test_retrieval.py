@@ -163,11 +163,18 @@ def test_recorded_ranks(recorded, k, suffix):
         assert np.all(ranks[~inside] >= k) and 0 < np.mean(inside) < 1
 
 
-@pytest.mark.parametrize(("calls_per_length", "pairs_per_image"), [(64, 8), (10, 1)])
-def test_recorded_scores(recorded, monkeypatch, calls_per_length, pairs_per_image):
-    """Also with texts cut to several lengths, and with calls that look at few of the images."""
+@pytest.mark.parametrize(
+    ("calls_per_length", "pairs_per_image", "groups_per_image"),
+    [(64, 8, 16), (10, 1, 16), (8, 8, 5)],
+)
+def test_recorded_scores(
+    recorded, monkeypatch, calls_per_length, pairs_per_image, groups_per_image
+):
+    """Also with texts cut to several lengths, with calls that look at few of the images, and with
+    groups of pairs that look at one."""
     monkeypatch.setattr(pair_visits, "_CALLS_PER_LENGTH", calls_per_length)
     monkeypatch.setattr(pair_visits, "_PAIRS_PER_IMAGE", pairs_per_image)
+    monkeypatch.setattr(pair_visits, "_GROUPS_PER_IMAGE", groups_per_image)
     cfg, params, gallery, io = recorded
     every_image = np.tile(np.arange(20), (24, 1))
     every_text = np.tile(np.arange(24), (20, 1))
@@ -182,10 +189,14 @@ def test_recorded_scores(recorded, monkeypatch, calls_per_length, pairs_per_imag
         np.testing.assert_array_equal(t2i.T, i2t)
 
 
-def test_pairs_are_cut_into_calls_that_hold_them(monkeypatch):
+@pytest.mark.parametrize(
+    ("groups_per_image", "together", "cuts"), [(16, 1, 4), (8, 2, 2), (4, 4, 1)]
+)
+def test_pairs_are_cut_into_calls_that_hold_them(monkeypatch, groups_per_image, together, cuts):
     """Every pair once; each call has texts that fit and images within its window."""
     monkeypatch.setattr(pair_visits, "_CALLS_PER_LENGTH", 12)
-    monkeypatch.setattr(pair_visits, "_PAIRS_PER_IMAGE", 1)
+    monkeypatch.setattr(pair_visits, "_PAIRS_PER_IMAGE", together)
+    monkeypatch.setattr(pair_visits, "_GROUPS_PER_IMAGE", groups_per_image)
     rng = np.random.default_rng(0)
     size, texts = 8, 40
     # The window cuts calls where images have few pairs.
@@ -197,10 +208,12 @@ def test_pairs_are_cut_into_calls_that_hold_them(monkeypatch):
     gallery = ArrayGallery(np.zeros((20, 2, 2, 3), np.uint8), mask[:0], mask[:0], np.arange(0))
 
     def match(ids, mask_, tokens, index):
-        assert ids.shape == mask_.shape and len(ids) == size and index.max() < len(tokens)
+        assert ids.shape == mask_.shape and len(ids) == size * together == len(index) * together
+        assert index.max() < len(tokens)
         seen.append((ids.shape[1], len(tokens)))
         # Which text and image it was, and how much of the text was there.
-        return np.stack([ids[:, 0], tokens[index], mask_.sum(axis=1)], axis=1)
+        looked_at = np.repeat(tokens[index], together)
+        return np.stack([ids[:, 0], looked_at, mask_.sum(axis=1)], axis=1)
 
     numbers = np.tile(np.arange(texts, dtype=np.int32)[:, None], 65)
     blocks = iter(range(3))
@@ -218,8 +231,8 @@ def test_pairs_are_cut_into_calls_that_hold_them(monkeypatch):
         found[rows] = values
     np.testing.assert_array_equal(found, np.stack([text, image, mask.sum(axis=1)[text]], axis=1))
     lengths, windows = (set(kind) for kind in zip(*seen, strict=True))
-    assert len(set(seen)) == len(lengths) == 4 and max(lengths) == 65  # few compilations
-    assert max(windows) < size
+    assert len(set(seen)) == len(lengths) == cuts and max(lengths) == 65  # few compilations
+    assert max(windows) < size or cuts == 1
 
 
 @pytest.mark.parametrize("per_image", [16, 512])
@@ -229,20 +242,26 @@ def test_lengths_do_not_cost_more_calls_than_they_save(per_image):
     size, images, texts = 8, 2400, 2000
     image = np.repeat(np.arange(images), per_image)
     text = rng.integers(texts, size=len(image))
-    mask = np.arange(65) < rng.integers(20, 66, texts)[:, None]
-    rows_per_call = 8 * size
-    calls, blocks = len(image) // rows_per_call, images // size
-    length = pair_visits._cut_lengths(mask, text, calls, blocks)
-    windows = pair_visits._windows(image, length, rows_per_call, size)
-    made, tokens = 0, 0
-    for first in range(0, len(image), size * per_image):
-        own = np.arange(first, first + size * per_image)
-        rows_of = {cut: own[length[own] == cut] for cut in windows}
-        for cut, rows in pair_visits._calls(rows_of, image, rows_per_call, windows):
-            assert mask[text[rows]].sum(axis=1).max() <= cut
-            made, tokens = made + 1, tokens + cut * rows_per_call
+    tokens = rng.integers(20, 66, texts)[text]
+    groups = pair_visits._groups(image, tokens)
+    assert groups.shape[1] == (8 if per_image == 512 else 1)
+    assert sorted(groups.ravel()) == list(range(len(image)))
+    assert (image[groups] == image[groups[:, :1]]).all()
+    longest, group_image = tokens[groups].max(axis=1), image[groups[:, 0]]
+    groups_per_call = 8 * size // groups.shape[1]
+    calls, blocks = len(groups) // groups_per_call, images // size
+    length = pair_visits._cut_lengths(longest, calls, blocks, 65)
+    windows = pair_visits._windows(group_image, length, groups_per_call, size)
+    made, columns = 0, 0
+    per_block = size * len(groups) // images
+    for first in range(0, len(groups), per_block):
+        own = np.arange(first, first + per_block)
+        groups_of = {cut: own[length[own] == cut] for cut in windows}
+        for cut, chunk in pair_visits._calls(groups_of, group_image, groups_per_call, windows):
+            assert longest[chunk].max() <= cut
+            made, columns = made + 1, columns + cut * 8 * size
     assert made <= 1.05 * calls
-    assert tokens < (1.08 if per_image == 512 else 1.6) * mask.sum(axis=1)[text].sum()
+    assert columns < (1.08 if per_image == 512 else 1.6) * tokens.sum()
     assert (len(np.unique(length)) > 8) == (per_image == 512)
 
 

@@ -1,8 +1,10 @@
 """Looks at pairs of an image and a text with the fused tower, doing no work twice.
 
-The fused tower is the cost of re-ranking. Three things keep it low: the keys and values that
-cross-attention makes of an image serve all its pairs in a call; texts are cut to a few lengths, so
-that little of a call is padding; calls have one shape per length, so that few are compiled.
+The fused tower is the cost of re-ranking. Four things keep it low: the keys and values that
+cross-attention makes of an image serve all its pairs in a call; pairs of one image stand in groups
+that look at it together, without a copy of its keys and values for each; texts are cut to a few
+lengths, so that little of a call is padding; calls have one shape per length, so that few are
+compiled.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ _MULTIPLE = 4  # of tokens that texts are cut to
 _MOST_LENGTHS = 16
 _CALLS_PER_LENGTH = 64  # for fewer it does not pay to compile the tower once more
 _CALLS_PER_BLOCK = 2  # of each length, or most of its rows would wait for longer texts
+_GROUPS_PER_IMAGE = 16  # at least, or a group is one pair; the last one of an image is half empty
 
 
 def visit_pairs(
@@ -41,8 +44,8 @@ def visit_pairs(
       texts: token ids int32 [texts, S] and mask bool [texts, S], True first in every row.
       pairs: image numbers [P], ascending, and text numbers [P].
       encode: uint8 [size, S, S, 3] -> image tokens.
-      match: (token ids [R, s], mask [R, s], tokens of some images, int32 [R] which of them) ->
-        [R, ...], one row of each text and its image, the same on all devices.
+      match: (token ids [R, s], mask [R, s], tokens of some images, int32 [G] which of them each
+        R / G consecutive texts look at) -> [R, ...], one row of each text, the same on all devices.
       size: images of a block; a multiple of the devices.
 
     Yields:
@@ -52,79 +55,103 @@ def visit_pairs(
     pair_image, pair_text = pairs
     if not len(pair_image):
         return
-    rows_per_call = size * _PAIRS_PER_IMAGE
-    calls, blocks = len(pair_image) // rows_per_call, len(np.unique(pair_image // size))
-    length = _cut_lengths(token_mask, pair_text, calls, blocks)
-    windows = _windows(pair_image, length, rows_per_call, size)
+    own = np.maximum(token_mask.sum(axis=1), 1)[pair_text]
+    groups = _groups(pair_image, own)
+    image, longest = pair_image[groups[:, 0]], own[groups].max(axis=1)
+    groups_per_call = size * _PAIRS_PER_IMAGE // groups.shape[1]
+    calls, blocks = len(groups) // groups_per_call, len(np.unique(image // size))
+    length = _cut_lengths(longest, calls, blocks, token_mask.shape[1])
+    windows = _windows(image, length, groups_per_call, size)
     host, hosts = partition.host_slice(mesh)
     slice_tokens = jax.jit(
         jax.lax.dynamic_slice_in_dim, static_argnums=2, out_shardings=NamedSharding(mesh, P())
     )
     for block, batch in enumerate(gallery.image_batches(size)):
-        first, last = np.searchsorted(pair_image, [block * size, (block + 1) * size])
+        first, last = np.searchsorted(image, [block * size, (block + 1) * size])
         if first == last:
             continue
         tokens = encode(partition.to_global({"image": batch["image"]}, mesh)["image"])
-        rows_of = {cut: first + np.flatnonzero(length[first:last] == cut) for cut in windows}
-        for cut, chunk in _calls(rows_of, pair_image, rows_per_call, windows):
+        groups_of = {cut: first + np.flatnonzero(length[first:last] == cut) for cut in windows}
+        for cut, chunk in _calls(groups_of, image, groups_per_call, windows):
             window = windows[cut]
-            start = min(int(pair_image[chunk[0]]) - block * size, size - window)
-            padded = np.pad(chunk, (0, rows_per_call - len(chunk)), mode="edge")
-            own = np.split(padded, hosts)[host]
+            start = min(int(image[chunk[0]]) - block * size, size - window)
+            padded = np.pad(chunk, (0, groups_per_call - len(chunk)), mode="edge")
+            here = np.split(padded, hosts)[host]
+            here_text = pair_text[groups[here].ravel()]
             call = {
-                "token_ids": token_ids[pair_text[own], :cut],
-                "token_mask": token_mask[pair_text[own], :cut],
-                "image_index": (pair_image[own] - block * size - start).astype(np.int32),
+                "token_ids": token_ids[here_text, :cut],
+                "token_mask": token_mask[here_text, :cut],
+                "image_index": (image[here] - block * size - start).astype(np.int32),
             }
             call = partition.to_global(call, mesh)
             seen = tokens if window == size else slice_tokens(tokens, start, window)
             values = match(call["token_ids"], call["token_mask"], seen, call["image_index"])
-            yield chunk, np.asarray(values)[: len(chunk)]
+            # A row that fills up a group is the one before it.
+            rows, places = np.unique(groups[chunk], return_index=True)
+            yield rows, np.asarray(values)[places]
 
 
-def _cut_lengths(
-    token_mask: np.ndarray, pair_text: np.ndarray, calls: int, blocks: int
-) -> np.ndarray:
-    """To how many tokens the text of each pair is cut, int64 [P]: all of its own and few more.
+def _groups(pair_image: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """Pairs of one image with texts of about the same length, int64 [G, pairs], by image.
+
+    So many pairs stand together that groups make whole calls, and few enough that the last group
+    of an image, which is filled up with the last pair, matters little.
 
     Args:
-      calls: that all pairs fill; blocks: of images that they are of.
+      length: int64 [P], of the text of each pair.
     """
-    own = np.maximum(token_mask.sum(axis=1), 1)[pair_text]
+    counts = np.unique(pair_image, return_counts=True)[1]
+    most = max(int(counts.mean()) // _GROUPS_PER_IMAGE, 1)
+    together = min(1 << (most.bit_length() - 1), _PAIRS_PER_IMAGE)
+    order, ends = np.lexsort((length, pair_image)), np.cumsum(counts)
+    runs = zip(ends - counts, ends, strict=True)
+    starts = np.concatenate([np.arange(start, end, together) for start, end in runs])
+    last_of_image = np.repeat(ends - 1, -(-counts // together))
+    places = starts[:, None] + np.arange(together)
+    return order[np.minimum(places, last_of_image[:, None])]
+
+
+def _cut_lengths(longest: np.ndarray, calls: int, blocks: int, most: int) -> np.ndarray:
+    """To how many tokens the texts of each group are cut, int64 [G]: all of theirs and few more.
+
+    Args:
+      longest: int64 [G], tokens of the longest text of each group.
+      calls: that all groups fill; blocks: of images that they are of; most: tokens of a text.
+    """
     pays = min(calls // _CALLS_PER_LENGTH, calls // (_CALLS_PER_BLOCK * blocks), _MOST_LENGTHS)
-    count = max(pays, 1)
-    wanted = np.quantile(own, np.linspace(0, 1, count + 1)[1:], method="higher")
-    lengths = np.unique(np.minimum(-(-wanted // _MULTIPLE) * _MULTIPLE, token_mask.shape[1]))
-    return lengths[np.searchsorted(lengths, own)]
+    wanted = np.quantile(longest, np.linspace(0, 1, max(pays, 1) + 1)[1:], method="higher")
+    lengths = np.unique(np.minimum(-(-wanted // _MULTIPLE) * _MULTIPLE, most))
+    return lengths[np.searchsorted(lengths, longest)]
 
 
 def _windows(
-    pair_image: np.ndarray, length: np.ndarray, rows_per_call: int, size: int
+    group_image: np.ndarray, length: np.ndarray, groups_per_call: int, size: int
 ) -> dict[int, int]:
     """How many consecutive images a call looks at, by what texts are cut to, ascending: a little
-    more than its rows have on average."""
-    images, (lengths, pairs) = len(np.unique(pair_image)), np.unique(length, return_counts=True)
-    each = -(-5 * rows_per_call * images // (4 * pairs)) + 1
+    more than its groups have on average."""
+    images = len(np.unique(group_image))
+    lengths, groups = np.unique(length, return_counts=True)
+    each = -(-5 * groups_per_call * images // (4 * groups)) + 1
     return dict(zip(lengths.tolist(), np.minimum(each, size).tolist(), strict=True))
 
 
 def _calls(
-    rows_of: Mapping[int, np.ndarray],
-    pair_image: np.ndarray,
+    groups_of: Mapping[int, np.ndarray],
+    group_image: np.ndarray,
     most: int,
     windows: Mapping[int, int],
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The calls for the pairs of a block: to how many tokens their texts are cut, their rows.
+    """The calls for the groups of a block: to how many tokens their texts are cut, their numbers.
 
-    Rows that do not fill a call wait for the next longer texts: a few tokens of padding cost less
+    Groups that do not fill a call wait for the next longer texts: a few tokens of padding cost less
     than a call that is half empty.
 
     Args:
-      rows_of: length, ascending -> rows whose texts are cut to it.
+      groups_of: length, ascending -> groups whose texts are cut to it.
     """
-    waiting, longest = np.arange(0), max(rows_of)
-    for cut, rows in rows_of.items():
-        chunks = list(_chunks(np.union1d(waiting, rows), pair_image, most, windows[cut]))
+    waiting, longest = np.arange(0), max(groups_of)
+    for cut, groups in groups_of.items():
+        chunks = list(_chunks(np.union1d(waiting, groups), group_image, most, windows[cut]))
         waiting = waiting[:0]
         if chunks and len(chunks[-1]) < most and cut < longest:
             waiting = chunks.pop()
@@ -133,11 +160,11 @@ def _calls(
 
 
 def _chunks(
-    rows: np.ndarray, pair_image: np.ndarray, most: int, window: int
+    groups: np.ndarray, group_image: np.ndarray, most: int, window: int
 ) -> Iterator[np.ndarray]:
-    """Splits rows, by image, into runs of at most `most` rows and `window` images."""
-    images, start = pair_image[rows], 0
-    while start < len(rows):
+    """Splits groups, by image, into runs of at most `most` groups and `window` images."""
+    images, start = group_image[groups], 0
+    while start < len(groups):
         end = min(start + most, np.searchsorted(images, images[start] + window))
-        yield rows[start:end]
+        yield groups[start:end]
         start = end

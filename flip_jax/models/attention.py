@@ -163,9 +163,15 @@ class Attention(nnx.Module):
         dropout_key: Array | None = None,
         flash: bool = False,
     ) -> Array:
-        """Attend from x [B, Sq, D] to `keys_values`; returns [B, Sq, D]. Options as `attend`."""
+        """Attend from x [N, Sq, D] to `keys_values` [B, H, S, K]; returns [N, Sq, D].
+
+        N is a multiple of B: each N / B consecutive rows of x look at the same keys and values.
+        Options as `attend`.
+        """
+        # Rows that look at the same keys are more queries of one row.
+        queries = self.query(x).reshape(len(keys_values[0]), -1, x.shape[-1])
         heads = attend(
-            self._split(self.query(x)),
+            self._split(queries),
             *keys_values,
             mask,
             dropout_rate=dropout_rate,

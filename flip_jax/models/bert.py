@@ -30,17 +30,19 @@ Array = jax.Array
 
 EPSILON = 1e-12
 
-# The image that each text looks at: int32 [N], its row among the images; or a tuple, the same for
-# every group of consecutive texts, of places among the group's own images; or None, row n.
+# The image that each text looks at: int32 [G], row of the image that each N / G consecutive texts
+# look at (one row of each text with G = N); or a tuple, the same for every group of consecutive
+# texts, of places among the group's own images; or None, each N / M consecutive texts the next one.
 ImageIndex = Array | tuple[int, ...] | None
 
 
 def of_each_text(a: Array, image_index: ImageIndex) -> Array:
-    """Keys or values of the images [M, ...] -> of the image that each text looks at [N, ...]."""
+    """Keys or values of the images [M, ...] -> of the image that each text, or each group of them,
+    looks at [N or G, ...]."""
     if isinstance(image_index, tuple):
         groups = a.reshape(-1, 1 + max(image_index), *a.shape[1:])
         return jnp.stack([groups[:, i] for i in image_index], axis=1).reshape(-1, *a.shape[1:])
-    # With one image there is nothing to gather: broadcasting does it. (XLA's CPU backend of
+    # With one image there is nothing to gather: all texts are its group. (XLA's CPU backend of
     # jaxlib 0.10.2 also returns wrong values for that gather inside a scan.)
     return a if image_index is None or len(a) == 1 else a[image_index]
 
