@@ -45,7 +45,7 @@ from flip_jax.downstream.retrieval import score_tops, search
 from flip_jax.huge_pages import restart_with_huge_pages
 from flip_jax.models import flip
 
-BLOCK = 8  # images, eight times as many pairs in a call
+BLOCK = 16  # images, four times as many pairs in a call
 COMPARED = 16  # rows of a call whose scores are compared
 COSINE = 0.25  # of a caption and its image; others have 0 +- 1/16
 

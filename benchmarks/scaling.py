@@ -6,7 +6,7 @@ The whole recipe in float32 with half the width of base and two layers in both t
 65 tokens. One point has batch 8, 224 px, a queue of 61,440 and one device; from there one axis at a
 time changes.
 `devices` are simulated on this CPU and share the batch: what memory each needs means something, the
-time only that the work is the same. Chips that are not here are compiled for by `python -m
+time does not and is not taken. Chips that are not here are compiled for by `python -m
 flip_jax.compile` (docs/compile.md).
 
 `growth` is the slope in a log-log plot, least squares: 1 = in proportion, 0 = not at all. Time is
@@ -70,7 +70,7 @@ def main() -> None:
     rows = []
     for axis, values in AXES.items():
         line = [found[Point(**{axis: value})] for value in values]
-        for what in WHAT:
+        for what in line[-1]:
             numbers = [each[what] for each in line]
             row = {"axis": axis, "values": values, "what": what, "numbers": numbers}
             rows.append(row | {"growth": growth(values, numbers)})
@@ -85,7 +85,8 @@ def main() -> None:
 
 
 def measure(point: Point, rounds: int, depth: int) -> dict[str, float]:
-    """What `WHAT` names. Points come one by one: their states together would fill the memory."""
+    """What `WHAT` names, but the time of several devices. Points come one by one: their states
+    together would fill the memory."""
     cfg = steps.half_config(point.batch)
     vision = replace(cfg.model.vision, image_size=point.image, depth=depth)
     text = replace(cfg.model.text, depth=depth)
@@ -98,7 +99,10 @@ def measure(point: Point, rounds: int, depth: int) -> dict[str, float]:
     batch = steps.make_batch(np.full(point.batch, 65), side=point.image)
     batch = partition.to_global(batch, step.mesh)
     memory = step.memory(batch)
-    return memory | steps.medians(steps.in_turns({"time": lambda: step(batch)}, rounds))
+    memory = {what: memory[what] for what in WHAT if what in memory}
+    if point.devices > 1:
+        return memory
+    return steps.medians(steps.in_turns({"time": lambda: step(batch)}, rounds)) | memory
 
 
 def growth(values: tuple[int, ...], numbers: list[float]) -> float:

@@ -6,6 +6,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -92,15 +93,20 @@ class Step:
     """A training step, compiled once for each shape of a batch; it changes its state.
 
     Args:
-      start: the state to begin with, which is copied; by default start values, whose program takes
-        seconds to compile.
+      start: the state to begin with, which is copied; by default start values, once they are asked
+        for: their program takes seconds to compile.
     """
 
     def __init__(self, cfg: Config, devices: int = 1, start: Any = None):
         self.mesh = partition.make_mesh(MeshConfig(), jax.devices()[:devices])
         compiled = Compiled(cfg, self.mesh, steps_per_epoch=1000, steps=1000)
-        self.state = compiled.init() if start is None else jax.tree.map(jnp.copy, start)
-        self._step, self._programs = compiled.step, {}
+        if start is not None:
+            self.state = jax.tree.map(jnp.copy, start)
+        self._functions, self._programs = compiled, {}
+
+    @cached_property
+    def state(self) -> Any:
+        return self._functions.init()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, float]:
         """Returns the parts of the loss."""
@@ -111,7 +117,8 @@ class Step:
     def _compiled(self, batch: dict[str, Any]) -> Any:
         shapes = tuple((name, np.shape(value)) for name, value in jax.tree.leaves_with_path(batch))
         if shapes not in self._programs:
-            self._programs[shapes] = self._step.lower(self.state, batch).compile()
+            step, state = self._functions.step, self._functions.target
+            self._programs[shapes] = step.lower(state, batch).compile()
         return self._programs[shapes]
 
     def text(self, batch: dict[str, Any]) -> str:

@@ -165,7 +165,7 @@ def test_recorded_ranks(recorded, k, suffix):
 
 @pytest.mark.parametrize(
     ("calls_per_length", "pairs_per_image", "groups_per_image"),
-    [(64, 8, 16), (10, 1, 16), (8, 8, 5)],
+    [(64, 4, 16), (10, 1, 16), (8, 4, 5)],
 )
 def test_recorded_scores(
     recorded, monkeypatch, calls_per_length, pairs_per_image, groups_per_image
@@ -244,11 +244,11 @@ def test_lengths_do_not_cost_more_calls_than_they_save(per_image):
     text = rng.integers(texts, size=len(image))
     tokens = rng.integers(20, 66, texts)[text]
     groups = pair_visits._groups(image, tokens)
-    assert groups.shape[1] == (8 if per_image == 512 else 1)
+    assert groups.shape[1] == (4 if per_image == 512 else 1)
     assert sorted(groups.ravel()) == list(range(len(image)))
     assert (image[groups] == image[groups[:, :1]]).all()
     longest, group_image = tokens[groups].max(axis=1), image[groups[:, 0]]
-    groups_per_call = 8 * size // groups.shape[1]
+    groups_per_call = 4 * size // groups.shape[1]
     calls, blocks = len(groups) // groups_per_call, images // size
     length = pair_visits._cut_lengths(longest, calls, blocks, 65)
     windows = pair_visits._windows(group_image, length, groups_per_call, size)
@@ -259,7 +259,7 @@ def test_lengths_do_not_cost_more_calls_than_they_save(per_image):
         groups_of = {cut: own[length[own] == cut] for cut in windows}
         for cut, chunk in pair_visits._calls(groups_of, group_image, groups_per_call, windows):
             assert longest[chunk].max() <= cut
-            made, columns = made + 1, columns + cut * 8 * size
+            made, columns = made + 1, columns + cut * 4 * size
     assert made <= 1.05 * calls
     assert columns < (1.08 if per_image == 512 else 1.6) * tokens.sum()
     assert (len(np.unique(length)) > 8) == (per_image == 512)

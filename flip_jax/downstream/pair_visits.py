@@ -19,10 +19,10 @@ from jax.sharding import PartitionSpec as P
 
 from flip_jax import partition
 
-_PAIRS_PER_IMAGE = 8  # pairs in one call of the fused text tower, per image of the block
+_PAIRS_PER_IMAGE = 4  # pairs in one call of the fused text tower, per image of the block
 _MULTIPLE = 4  # of tokens that texts are cut to
 _MOST_LENGTHS = 16
-_CALLS_PER_LENGTH = 64  # for fewer it does not pay to compile the tower once more
+_CALLS_PER_LENGTH = 128  # for fewer it does not pay to compile the tower once more
 _CALLS_PER_BLOCK = 2  # of each length, or most of its rows would wait for longer texts
 _GROUPS_PER_IMAGE = 16  # at least, or a group is one pair; the last one of an image is half empty
 
