@@ -190,7 +190,7 @@ def test_a_caption_that_ended_is_not_forgotten(monkeypatch, beams, penalty):
     table = np.full((6, 6), 1e-9, np.float32)  # next word by last word
     table[dec, [2, sep, 3]] = 0.65, 0.30, 0.05
     table[[2, 3]] = np.float32([1e-9, 0.01, 0.5, 0.49, 1e-9, 1e-9])
-    monkeypatch.setattr(captioner, "begin", lambda bert, tokens, places: Memory(tokens[None]))
+    monkeypatch.setattr(captioner, "begin", lambda *_, texts: Memory(jnp.zeros((1, texts))))
     monkeypatch.setattr(captioner, "step", lambda bert, last, place, memory: (last, memory))
     model = SimpleNamespace(
         dec_id=dec,
@@ -231,7 +231,7 @@ def test_a_step_with_memory_is_the_tower(params, tokens):
     ids[:, 0] = MODEL.text.dec_id
     model = nnx.merge(flip.build(MODEL), params)
     expected = model.bert(ids, ids == ids, tokens, causal=True)
-    memory = captioner.begin(model.bert, tokens, 8)
+    memory = captioner.begin(model.bert, tokens, 8, texts=4)
     take = jax.jit(lambda ids, place, memory: captioner.step(model.bert, ids, place, memory))
     for place in range(8):
         states, memory = take(ids[:, place], place, memory)

@@ -44,7 +44,7 @@ def write_captions(
       (token_ids int32 [N, T], [DEC] first and [PAD] after [SEP]; log-probability float32 [N])
     """
     rows, words = len(image_tokens), len(allowed)
-    memory = captioner.begin(model.bert, jnp.repeat(image_tokens, beams, axis=0), places)
+    memory = captioner.begin(model.bert, image_tokens, places, texts=rows * beams)
     ids = jnp.full((rows, beams, places), pad_id, jnp.int32).at[:, :, 0].set(model.dec_id)
     # One beam at first: equal ones would find the same.
     scores = jnp.full((rows, beams), -jnp.inf).at[:, 0].set(0.0)

@@ -40,18 +40,23 @@ class Memory(NamedTuple):
     """What a step need not compute again: (keys, values) of every layer."""
 
     words: tuple[Array, Array]  # [L, N, H, S, K], of the places so far
-    image: tuple[Array, Array]  # [L, N, H, Si, K]
+    image: tuple[Array, Array]  # [L, M, H, Si, K], each for N / M consecutive texts
 
 
-def begin(bert: Bert, image_tokens: Array, places: int) -> Memory:
-    """The memory before the first word; image_tokens: [N, Si, Dv], places: S."""
+def begin(bert: Bert, image_tokens: Array, places: int, texts: int) -> Memory:
+    """The memory before the first word.
+
+    Args:
+      image_tokens: [M, Si, Dv]; places: S; texts: N, each N / M consecutive ones of one image.
+    """
     graphdef, state = nnx.split(bert.blocks)
 
     def layer(_, params):
         return None, nnx.merge(graphdef, params).cross.keys_values(image_tokens)
 
     image = jax.lax.scan(layer, None, state)[1]
-    empty = jnp.zeros((*image[0].shape[:3], places, image[0].shape[-1]), image[0].dtype)
+    layers, _, heads, _, head_width = image[0].shape
+    empty = jnp.zeros((layers, texts, heads, places, head_width), image[0].dtype)
     return Memory((empty, empty), image)
 
 
