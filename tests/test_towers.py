@@ -393,6 +393,19 @@ def test_texts_share_an_image(index, rows):
     assert np.all(np.abs(expected[1]).max(axis=(1, 2)) > 1e-2)
 
 
+@pytest.mark.parametrize("count", [3, 6])
+def test_texts_that_images_do_not_divide(count):
+    """Also where halves of texts would fit: two images per text."""
+    *_, params = reference(SMALL)
+    ids, mask = texts(SMALL, [8] * (4 if count == 3 else 3), 8)
+
+    def call(model, ids, mask, seen):
+        return model.match(ids, mask, seen)
+
+    with pytest.raises(ValueError, match=f"{len(ids)} rows of queries cannot share {count} rows"):
+        run(SMALL, params, call, ids, mask, tokens(SMALL, count, 10))
+
+
 def test_bfloat16_compute():
     """2 % of the spread: ten roundings in a row of 2^-9 each, which is half a unit of bfloat16."""
     *_, params = reference(SMALL)

@@ -24,7 +24,7 @@ _MULTIPLE = 4  # of tokens that texts are cut to
 _MOST_LENGTHS = 16
 _CALLS_PER_LENGTH = 128  # for fewer it does not pay to compile the tower once more
 _CALLS_PER_BLOCK = 2  # of each length, or most of its rows would wait for longer texts
-_GROUPS_PER_IMAGE = 16  # at least, or a group is one pair; the last one of an image is half empty
+_GROUPS_PER_IMAGE = 16  # on average at least, so that less than a 16th of their rows fills up
 
 
 def visit_pairs(

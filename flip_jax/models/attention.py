@@ -167,9 +167,18 @@ class Attention(nnx.Module):
 
         N is a multiple of B: each N / B consecutive rows of x look at the same keys and values.
         Options as `attend`.
+
+        Raises:
+          ValueError: if it is not.
         """
+        rows = len(keys_values[0])
+        if len(x) % rows:
+            raise ValueError(
+                f"{len(x)} rows of queries cannot share {rows} rows of keys and values "
+                f"evenly: make them a multiple of {rows}, or name each text's image (`image_index`)"
+            )
         # Rows that look at the same keys are more queries of one row.
-        queries = self.query(x).reshape(len(keys_values[0]), -1, x.shape[-1])
+        queries = self.query(x).reshape(rows, -1, x.shape[-1])
         heads = attend(
             self._split(queries),
             *keys_values,

@@ -30,9 +30,10 @@ Array = jax.Array
 
 EPSILON = 1e-12
 
-# The image that each text looks at: int32 [G], row of the image that each N / G consecutive texts
-# look at (one row of each text with G = N); or a tuple, the same for every group of consecutive
-# texts, of places among the group's own images; or None, each N / M consecutive texts the next one.
+# The image that each text looks at: int32 [G], its row among the images, the same for each N / G
+# consecutive texts (with G = N for one text alone); or a tuple, the same for every group of
+# consecutive texts, of places among the group's own images; or None, each N / M consecutive texts
+# look at the next one.
 ImageIndex = Array | tuple[int, ...] | None
 
 
