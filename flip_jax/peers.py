@@ -37,6 +37,7 @@ _HEARTBEAT_SECONDS = 60  # after which a silent process counts as dead
 _POLL_SECONDS = 1.0
 _GRACE_SECONDS = 3.0  # in which a process may end by itself after another has failed
 _LEAVE_SECONDS = 10.0  # for which process 0, with the store, waits for the others to leave
+_EXIT_SECONDS = 1.0  # more, as JAX aborts a process that has said it leaves and is not gone yet
 _WEEK_MS = 7 * 24 * 3600 * 1000  # waiting ends with a failure or a dead process, not by the clock
 _FAILED, _STOP = "failed", "stop"  # names of notices
 _STATUS = re.compile(r"[A-Z_]+: ")
@@ -101,9 +102,8 @@ class Peers:
         print(f"error: {cause}", file=sys.stderr, flush=True)
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._client.key_value_set(_key("left", self.process), "")
-            deadline = time.monotonic() + (0 if self.process else _LEAVE_SECONDS)
-            while time.monotonic() < deadline and self._have_left() < self.count:
-                time.sleep(0.1)
+            if self.process == 0:
+                self._see_others_off()
         _exit()
 
     def _cause(self, patience: float) -> str | None:
@@ -115,8 +115,13 @@ class Peers:
             return cause
         return None
 
-    def _have_left(self) -> int:
-        return len(self._client.key_value_dir_get(_key("left", "")))
+    def _see_others_off(self) -> None:
+        deadline = time.monotonic() + _LEAVE_SECONDS
+        while len(self._client.key_value_dir_get(_key("left", ""))) < self.count:
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.1)
+        time.sleep(_EXIT_SECONDS)
 
     def _watch(self) -> None:
         # Without process 0 there is nothing to read, and JAX ends this process.

@@ -163,11 +163,26 @@ def test_differences_are_named(tmp_path):
             d.check_same({"config.seed": "42" if me != 1 else "7", "data": "abc"})
         """,
     )
-    assert [code for code, _ in found] == [1, 1, 1]
+    assert [code for code, _ in found] == [1, 1, 1], found
     for _, output in found:
         assert "config.seed is 42 on process 0 (" in output and "but 7 on process 1 (" in output
         assert "data is" not in output and "the same command" in output
         assert "Traceback" not in output
+
+
+def test_a_slow_end_is_waited_for():
+    """JAX aborts a process whose process 0, with the coordinator, is gone first."""
+    found = run(
+        3,
+        """
+        if me == 2:
+            at_once = peers._exit
+            peers._exit = lambda: (time.sleep(0.4), at_once())
+        with d.session():
+            d.check_same({"a": str(me)})
+        """,
+    )
+    assert [code for code, _ in found] == [1, 1, 1], found
 
 
 def test_a_folder_of_its_own_is_named(tmp_path):
