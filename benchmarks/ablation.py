@@ -45,7 +45,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import steps
 from flip_jax.config import Config
-from flip_jax.huge_pages import restart_with_huge_pages
 from flip_jax.losses import flip as flip_losses
 from flip_jax.losses.itc import grouped_itc_loss
 from flip_jax.models import attention
@@ -159,7 +158,7 @@ TRIALS = {"filled patches": filled_patches, "fused QKV": fused_qkv}
 
 
 def main() -> None:
-    restart_with_huge_pages()
+    steps.begin()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2, help="of each step, in turns")

@@ -28,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import steps
 from flip_jax.config import Config, LossConfig, LossWeights
-from flip_jax.huge_pages import restart_with_huge_pages
 from flip_jax.metrics import model_flops_per_pair
 
 PATCHES = (196, 98, 49)
@@ -48,7 +47,7 @@ def masked(cfg: Config, keep: int) -> Config:
 
 
 def main() -> None:
-    restart_with_huge_pages()
+    steps.begin()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--batch", type=int, default=None, help="of all recipes")

@@ -16,7 +16,9 @@ flip_jax: `visit_pairs`. It plans the whole gallery; of the calls that it makes,
 
 The scores of some rows of two of these calls are compared first. `ratio` is that of the seconds
 for the gallery; a pair that both directions want is scored once here, which `per_pair` does not
-count. Image tokens are made beforehand on both sides. The last line is JSON.
+count. Image tokens are made beforehand on both sides. `ratio_by_count` is that of the products in
+what is timed, those of XLA's programs and of PyTorch's operators: what the ratio would come to if
+all products ran equally fast and nothing else took any time. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -27,22 +29,24 @@ import os
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import torch
 from flax import nnx
+from torch.utils import flop_counter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import steps, torch_peer
 from benchmarks.train_step import torch_texts
 from flip_jax import partition
+from flip_jax.compile.hlo import Module
 from flip_jax.config import MeshConfig
 from flip_jax.convert import torch_flip
 from flip_jax.downstream import pair_visits
 from flip_jax.downstream.retrieval import score_tops, search
-from flip_jax.huge_pages import restart_with_huge_pages
 from flip_jax.models import flip
 
 BLOCK = 16  # images, four times as many pairs in a call
@@ -97,11 +101,21 @@ class Ours:
         def match(params, ids, mask, tokens, index):
             return nnx.merge(graphdef, params).match(ids, mask, tokens, index)[:, 1]
 
-        self.match = jax.jit(match)
+        self.match, self._programs = jax.jit(match), {}
 
     def __call__(self, *call: jax.Array) -> jax.Array:
         """Scores of one call."""
-        return jax.block_until_ready(self.match(self.params, *call))
+        return jax.block_until_ready(self._compiled(*call)(self.params, *call))
+
+    def flops(self, *call: jax.Array) -> float:
+        """Of the matrix products of one call."""
+        return Module(self._compiled(*call).as_text()).dot_flops()
+
+    def _compiled(self, *call: jax.Array) -> Any:
+        length = call[0].shape[1]
+        if length not in self._programs:
+            self._programs[length] = self.match.lower(self.params, *call).compile()
+        return self._programs[length]
 
     def calls(self, pairs: tuple[np.ndarray, np.ndarray]) -> dict[int, tuple[int, tuple]]:
         """Length of text -> how many calls have it, and the arguments of the last one."""
@@ -148,9 +162,20 @@ class Theirs:
         states = self.peer.online.text_states(ids, given["mask"], tokens)
         return self.peer.itm_head(states[:, 0])[:, 1].numpy()
 
+    def flops(self, batch: dict[str, np.ndarray]) -> float:
+        """Of the matrix products of one call."""
+        attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+        with flop_counter.FlopCounterMode(display=False, custom_mapping=attention) as counter:
+            self(batch)
+        return counter.get_total_flops()
+
+
+def _attention_flops(query, key, value, *_, **__) -> int:
+    return flop_counter.sdpa_flop_count(query, key, value)
+
 
 def main() -> None:
-    restart_with_huge_pages()
+    steps.begin()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gallery", type=int, default=1000)
     parser.add_argument("--k", type=int, default=256)
@@ -176,12 +201,18 @@ def main() -> None:
         "pytorch": [2 * args.gallery * each for each in times["pytorch"]],
     }
     pairs = {"flip_jax": len(images), "pytorch": 2 * args.gallery * args.k}
+    one = {name: value[:1] for name, value in query.items()}
+    work = {
+        "flip_jax": float(sum(count * ours.flops(*call) for count, call in calls.values())),
+        "pytorch": float(pairs["pytorch"] * theirs.flops(one)),
+    }
     whole = {name: statistics.median(each) for name, each in seconds.items()}
     per_pair = {name: whole[name] / pairs[name] for name in pairs}
     for name, each in seconds.items():
         print(
             f"{name:9} {1e3 * per_pair[name]:6.1f} ms per pair, {pairs[name]:,} pairs, "
-            f"{whole[name] / 3600:5.2f} h for the gallery, spread {max(each) / min(each) - 1:.0%}"
+            f"{whole[name] / 3600:5.2f} h for the gallery, spread {steps.spread(each)}; "
+            f"{work[name] / pairs[name] / 1e9:.2f} GFLOP per pair"
         )
     result = {
         "benchmark": "rerank",
@@ -190,6 +221,7 @@ def main() -> None:
         "mean_tokens": float(lengths.mean()),
         "pairs": pairs,
         "ratio": whole["pytorch"] / whole["flip_jax"],
+        "ratio_by_count": work["pytorch"] / work["flip_jax"],
         "per_pair": per_pair["pytorch"] / per_pair["flip_jax"],
         "gallery_seconds": seconds,
         "load": round(os.getloadavg()[0], 1),

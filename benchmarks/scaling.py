@@ -34,7 +34,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import steps
 from flip_jax import partition
-from flip_jax.huge_pages import restart_with_huge_pages
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ WHAT = {"time": "s per step", "temp": "MiB, temporary", "state": "MiB, state and
 
 
 def main() -> None:
-    restart_with_huge_pages()
+    steps.begin()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--png", type=Path, default=None, help="draws the growth into this file")
     parser.add_argument("--rounds", type=int, default=2, help="of each step, in turns")

@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import steps
 from benchmarks.masking import masked
 from flip_jax.compile.hlo import Instruction, Module
-from flip_jax.huge_pages import restart_with_huge_pages
 
 # Kind -> how the names of such operations start; the first that fits counts.
 KINDS = {
@@ -45,7 +44,7 @@ class Found:
 
 
 def main() -> None:
-    restart_with_huge_pages()
+    steps.begin()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=steps.CONFIGS, default="base")
     parser.add_argument("--batch", type=int, default=8)

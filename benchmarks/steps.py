@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,15 +16,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from flip_jax import partition
+from flip_jax.compile_cache import keep_compiled
 from flip_jax.config import Config, MeshConfig
 from flip_jax.data.captions import captions
 from flip_jax.data.drawn_faces import draw_face
 from flip_jax.data.text_buckets import crop_texts
 from flip_jax.data.tokenizer import Tokenizer
+from flip_jax.huge_pages import restart_with_huge_pages
 from flip_jax.train import Compiled
 
 ALPHA = 0.4
 BUCKETS = (32, 40, 48, 56)
+
+
+def begin() -> None:
+    """To be called first: huge pages, as in a training, and compiled programs that are kept.
+
+    They are kept in `flip_jax/compiled` in the user's cache (`XDG_CACHE_HOME`, else `~/.cache`), a
+    megabyte each, so that a benchmark that is run again starts at once. JAX_COMPILATION_CACHE_DIR
+    names another folder; set to nothing it turns that off.
+    """
+    restart_with_huge_pages()
+    keep_compiled(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flip_jax")
 
 
 def our_config(batch: int, dropout: float = 0.1) -> Config:
@@ -142,17 +157,21 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def in_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, one after the other and again, so that a busy machine slows all.
+    """Seconds of each call, one after the other, back again and so on, so that a busy machine
+    slows all.
 
-    Each is made twice, and the second one is timed: a step of a training follows another one. After
-    something else the memory that it takes may have gone back to the host of a virtual machine,
-    which can make a step half as long again; the first call of all also compiles.
+    One that is timed follows another one of its own, as a step of a training does. After something
+    else the memory that it takes may have gone back to the host of a virtual machine, which can
+    make a step half as long again; the first call of all also compiles.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            call()
-            seconds[name].append(timed(call))
+    before = None
+    for turn in range(rounds):
+        for name in reversed(calls) if turn % 2 else calls:
+            if name != before:
+                calls[name]()
+            seconds[name].append(timed(calls[name]))
+            before = name
     return seconds
 
 

@@ -34,7 +34,6 @@ from benchmarks import steps, torch_peer
 from benchmarks.steps import ALPHA
 from flip_jax.config import Config
 from flip_jax.convert import torch_flip
-from flip_jax.huge_pages import restart_with_huge_pages
 
 DROPOUT = 0.1
 
@@ -148,7 +147,7 @@ def compare(sides: Sides, kind: str, padded: dict[str, Any], rounds: int) -> dic
 
 
 def main() -> None:
-    restart_with_huge_pages()
+    steps.begin()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument(

@@ -22,6 +22,6 @@ def test_a_step_is_timed_after_one_of_its_own(monkeypatch):
     steps = importlib.import_module("benchmarks.steps")
     made = []
     monkeypatch.setattr(steps, "timed", lambda work: work() or len(made))  # which call it was
-    found = steps.in_turns({name: lambda n=name: made.append(n) for name in "ab"}, rounds=2)
-    assert made == list("aabbaabb")
-    assert found == {"a": [2, 6], "b": [4, 8]}
+    found = steps.in_turns({name: lambda n=name: made.append(n) for name in "ab"}, rounds=3)
+    assert made == list("aabbbaaabb")
+    assert found == {"a": [2, 7, 8], "b": [4, 5, 10]}
