@@ -38,6 +38,11 @@ def pytest_unconfigure():
         shutil.rmtree(COMPILED, ignore_errors=True)
 
 
+def pytest_collection_modifyitems(items):
+    """First the file with the longest test: the last one would have one process work alone."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A collection of faces to search, made once for all tests of the search page."""

@@ -55,7 +55,9 @@ def whole():
     return loss_and_gradient(in_steps(CFG, 1), 0)
 
 
-@pytest.mark.parametrize(("parts", "devices"), [(2, 0), (8, 1), (2, 8)])
+@pytest.mark.parametrize(
+    ("parts", "devices"), [(2, 0), pytest.param(8, 1, marks=pytest.mark.slow), (2, 8)]
+)
 def test_equals_one_large_batch(whole, parts, devices):
     metrics, gradient = loss_and_gradient(in_steps(CFG, parts), devices)
     for name, value in whole[0].items():

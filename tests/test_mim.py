@@ -110,6 +110,7 @@ def test_mim_alone_neither_reads_texts_nor_keeps_twins():
     assert all(jax.tree.leaves((moved["vit"]["blocks"], moved["mim"])))
 
 
+@pytest.mark.slow
 def test_mim_alone_on_a_mesh():
     alone = replace(MIM, loss=replace(MIM.loss, weights=LossWeights(contrastive=0, itm=0, mim=1)))
     one_device = run(1, 1, alone)

@@ -51,7 +51,9 @@ def one_device():
     return run(1, 1)
 
 
-@pytest.mark.parametrize(("devices", "fsdp"), [(2, 1), (8, 2), (8, 8)])
+@pytest.mark.parametrize(
+    ("devices", "fsdp"), [pytest.param(2, 1, marks=pytest.mark.slow), (8, 2), (8, 8)]
+)
 def test_same_steps_on_any_mesh(one_device, devices, fsdp):
     assert_same_steps(run(devices, fsdp), one_device)
 

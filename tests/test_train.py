@@ -95,7 +95,13 @@ def test_a_run_leaves_everything_it_promises(unbroken):
     assert step == 18
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(signal.SIGKILL, id="SIGKILL"),
+        pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.slow),
+    ],
+)
 def test_a_broken_run_equals_an_unbroken_one(how, unbroken, data, tmp_path):
     """Signalled at a random step, resumed with other loader threads: the same bits."""
     # The early half, so that the run is still going when the signal comes.
@@ -155,7 +161,10 @@ def test_eval_only_without_a_checkpoint(capsys, tmp_path):
     assert not (tmp_path / "typo").exists()
 
 
-@pytest.mark.parametrize("cfg", [CFG, SIGMOID], ids=["itc", "sigmoid"])
+@pytest.mark.parametrize(
+    "cfg",
+    [pytest.param(CFG, id="itc"), pytest.param(SIGMOID, id="sigmoid", marks=pytest.mark.slow)],
+)
 def test_loss_falls_on_a_fixed_batch(cfg):
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dtype="bfloat16"))
     tx = make_optimizer(dataclasses.replace(cfg.optim, weight_decay=0.0), lambda _: 2e-3)
