@@ -38,10 +38,15 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from flip_jax.huge_pages import restart_with_huge_pages
+
+if __name__ == "__main__":
+    restart_with_huge_pages()  # before what takes seconds to import
+
 import jax
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import steps
 from flip_jax.config import Config
@@ -158,7 +163,7 @@ TRIALS = {"filled patches": filled_patches, "fused QKV": fused_qkv}
 
 
 def main() -> None:
-    steps.begin()
+    steps.keep_programs()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2, help="of each step, in turns")

@@ -2,7 +2,8 @@
 
     python benchmarks/masking.py [--recipes flip] [--batch 8] [--rounds 2] [--size half|base]
 
-Two recipes, float32, captions of the lengths that the grammar writes:
+Two recipes, float32, captions of the lengths that the grammar writes, no dropout, which masking
+does not touch:
 
 flip, batches of 8: the whole recipe. Momentum twins see all patches, and ITM reads three texts of a
     pair, so that masking touches a part of the work only.
@@ -26,6 +27,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from flip_jax.huge_pages import restart_with_huge_pages
+
+if __name__ == "__main__":
+    restart_with_huge_pages()  # before what takes seconds to import
+
 from benchmarks import steps
 from flip_jax.config import Config, LossConfig, LossWeights
 from flip_jax.metrics import model_flops_per_pair
@@ -47,7 +53,7 @@ def masked(cfg: Config, keep: int) -> Config:
 
 
 def main() -> None:
-    steps.begin()
+    steps.keep_programs()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--batch", type=int, default=None, help="of all recipes")
@@ -60,7 +66,7 @@ def main() -> None:
         size = args.batch or size
         batch = steps.cut(steps.make_batch(steps.grammar_lengths(size)))
         tokens = batch["token_ids"].shape[1]
-        cfg = changed(steps.CONFIGS[args.size](size))
+        cfg = changed(steps.CONFIGS[args.size](size, dropout=0.0))
         configs = {keep: masked(cfg, keep) for keep in PATCHES}
         start = steps.Step(cfg).state
         calls = {keep: steps.Step(each, start=start) for keep, each in configs.items()}

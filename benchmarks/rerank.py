@@ -31,13 +31,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from flip_jax.huge_pages import restart_with_huge_pages
+
+if __name__ == "__main__":
+    restart_with_huge_pages()  # before what takes seconds to import
+
 import jax
 import numpy as np
 import torch
 from flax import nnx
 from torch.utils import flop_counter
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import steps, torch_peer
 from benchmarks.train_step import torch_texts
@@ -175,7 +180,7 @@ def _attention_flops(query, key, value, *_, **__) -> int:
 
 
 def main() -> None:
-    steps.begin()
+    steps.keep_programs()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gallery", type=int, default=1000)
     parser.add_argument("--k", type=int, default=256)

@@ -3,15 +3,14 @@
     python benchmarks/scaling.py [--png scaling.png] [--rounds 2] [--depth 2]
 
 The whole recipe in float32 with half the width of base and two layers in both towers, captions of
-65 tokens. One point has batch 8, 224 px, a queue of 61,440 and one device; from there one axis at a
-time changes.
-`devices` are simulated on this CPU and share the batch: what memory each needs means something, the
-time does not and is not taken. Chips that are not here are compiled for by `python -m
-flip_jax.compile` (docs/compile.md).
+65 tokens, no dropout. One point has batch 8, 224 px, a queue of 61,440 and one device; from there
+one axis at a time changes. `devices` are simulated on this CPU and share the batch: what memory
+each needs means something, the time does not and is not taken. Chips that are not here are compiled
+for by `python -m flip_jax.compile` (docs/compile.md).
 
 `growth` is the slope in a log-log plot, least squares: 1 = in proportion, 0 = not at all. Time is
-measured, memory is what XLA plans on each device for temporary results and for
-the state with the batch. The last line is JSON.
+measured, memory is what XLA plans on each device for temporary results and for the state with the
+batch. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -23,14 +22,19 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from flip_jax.huge_pages import restart_with_huge_pages
+
+if __name__ == "__main__":
+    restart_with_huge_pages()  # before what takes seconds to import
+
 import jax
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import steps
 from flip_jax import partition
@@ -54,7 +58,7 @@ WHAT = {"time": "s per step", "temp": "MiB, temporary", "state": "MiB, state and
 
 
 def main() -> None:
-    steps.begin()
+    steps.keep_programs()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--png", type=Path, default=None, help="draws the growth into this file")
     parser.add_argument("--rounds", type=int, default=2, help="of each step, in turns")
@@ -86,7 +90,7 @@ def main() -> None:
 def measure(point: Point, rounds: int, depth: int) -> dict[str, float]:
     """What `WHAT` names, but the time of several devices. Points come one by one: their states
     together would fill the memory."""
-    cfg = steps.half_config(point.batch)
+    cfg = steps.half_config(point.batch, dropout=0.0)
     vision = replace(cfg.model.vision, image_size=point.image, depth=depth)
     text = replace(cfg.model.text, depth=depth)
     cfg = replace(
@@ -110,14 +114,18 @@ def growth(values: tuple[int, ...], numbers: list[float]) -> float:
 
 def draw(rows: list[dict], path: Path) -> None:
     figure, panels = plt.subplots(len(WHAT), len(AXES), figsize=(13, 8), layout="constrained")
+    for panel in panels.flat:
+        panel.set_axis_off()  # until something was measured
     for row in rows:
         panel = panels[list(WHAT).index(row["what"]), list(AXES).index(row["axis"])]
+        panel.set_axis_on()
         panel.plot(row["values"], row["numbers"], "o-", color="#20639b")
-        panel.set(xscale="log", xlabel=row["axis"], ylabel=WHAT[row["what"]], ylim=(0, None))
+        panel.set(xscale="log", xlabel=row["axis"], ylabel=WHAT[row["what"]])
+        panel.set_ylim(0, 1.1 * max(row["numbers"]))
         panel.set_xticks(row["values"], [f"{value:,}" for value in row["values"]])
         panel.minorticks_off()
         panel.set_title(f"growth {row['growth']:.2f}", fontsize=10)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=80)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from flip_jax.huge_pages import restart_with_huge_pages
+
+if __name__ == "__main__":
+    restart_with_huge_pages()  # before what takes seconds to import
+
 import jax
 import jax.numpy as jnp
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import steps
 from benchmarks.masking import masked
@@ -44,7 +49,7 @@ class Found:
 
 
 def main() -> None:
-    steps.begin()
+    steps.keep_programs()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=steps.CONFIGS, default="base")
     parser.add_argument("--batch", type=int, default=8)

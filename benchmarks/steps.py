@@ -22,21 +22,18 @@ from flip_jax.data.captions import captions
 from flip_jax.data.drawn_faces import draw_face
 from flip_jax.data.text_buckets import crop_texts
 from flip_jax.data.tokenizer import Tokenizer
-from flip_jax.huge_pages import restart_with_huge_pages
 from flip_jax.train import Compiled
 
 ALPHA = 0.4
 BUCKETS = (32, 40, 48, 56)
 
 
-def begin() -> None:
-    """To be called first: huge pages, as in a training, and compiled programs that are kept.
+def keep_programs() -> None:
+    """Has a benchmark that is run again find its compiled programs. To be called first.
 
-    They are kept in `flip_jax/compiled` in the user's cache (`XDG_CACHE_HOME`, else `~/.cache`), a
-    megabyte each, so that a benchmark that is run again starts at once. JAX_COMPILATION_CACHE_DIR
-    names another folder; set to nothing it turns that off.
+    They are in `flip_jax/compiled` in the user's cache (`XDG_CACHE_HOME`, else `~/.cache`), about a
+    megabyte each. JAX_COMPILATION_CACHE_DIR names another folder; set to nothing it turns that off.
     """
-    restart_with_huge_pages()
     keep_compiled(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flip_jax")
 
 

@@ -24,11 +24,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from flip_jax.huge_pages import restart_with_huge_pages
+
+if __name__ == "__main__":
+    restart_with_huge_pages()  # before what takes seconds to import
+
 import jax
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import steps, torch_peer
 from benchmarks.steps import ALPHA
@@ -147,7 +152,7 @@ def compare(sides: Sides, kind: str, padded: dict[str, Any], rounds: int) -> dic
 
 
 def main() -> None:
-    steps.begin()
+    steps.keep_programs()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument(
