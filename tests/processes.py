@@ -61,11 +61,17 @@ class Processes:
             self.children[process].send_signal(how)
 
     def results(self, timeout=300):
-        """(exit status, output) of each; a process that hangs is an error."""
-        return [
-            (child.returncode, output)
-            for child, (output, _) in [(c, c.communicate(timeout=timeout)) for c in self.children]
-        ]
+        """(exit status, output) of each; where one hangs, an error that shows what all said."""
+        outputs = []
+        for child in self.children:
+            try:
+                outputs.append(child.communicate(timeout=timeout)[0])
+            except subprocess.TimeoutExpired:
+                codes = [one.poll() for one in self.children]
+                self.kill(*range(len(self.children)))
+                outputs += [one.communicate()[0] for one in self.children[len(outputs) :]]
+                raise AssertionError(f"after {timeout} s: {codes}, {outputs}") from None
+        return [(c.returncode, text) for c, text in zip(self.children, outputs, strict=True)]
 
     def wait_for_step(self, workdir, step):
         """Until the run's log holds `step` or more."""
