@@ -49,7 +49,6 @@ class Found:
 
 
 def main() -> None:
-    steps.keep_programs()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=steps.CONFIGS, default="base")
     parser.add_argument("--batch", type=int, default=8)
