@@ -251,6 +251,22 @@ class Checkpointer:
         _log.warning("run continues before steps %s: their folders are renamed", newer)
 
 
+def newest_step(path: Path | str) -> Path:
+    """The folder of the newest complete step, to read several things of one and the same.
+
+    A training that goes on may finish another step between two reads of its workdir. With several
+    processes, which all call this, the folder is the one that process 0 sees.
+
+    Args:
+      path: as for `load_params`.
+
+    Raises:
+      FileNotFoundError: no complete checkpoint there.
+    """
+    folder = str(step_folder(Path(path), None)) if distributed.is_main() else None
+    return Path(distributed.gather(folder)[0])
+
+
 def load_params(
     path: Path | str, *, only: str | None = None, target: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:

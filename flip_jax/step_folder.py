@@ -62,7 +62,9 @@ def step_folder(path: Path, step: int | None) -> Path:
       FileNotFoundError: it is not there, or not complete.
     """
     path = path.resolve()  # Orbax takes absolute paths only
-    if step is None and (path / COMMIT_FILE).is_file() and (path / META_FILE).is_file():
+    # A step's items, `params` and so on, have such a file, too.
+    is_step = path.name.isdecimal() or (path / META_FILE).is_file()
+    if step is None and is_step and (path / COMMIT_FILE).is_file():
         return path
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
     complete = complete_steps(folder)

@@ -261,9 +261,10 @@ def evaluate(cfg: Config, workdir: Path) -> Retrieval:
     run = Run(cfg, workdir)
     compiled = Compiled(cfg, run.mesh, run.steps_per_epoch, run.total_steps)
     with run.checkpointer:
-        meta = checkpoint.read_meta(workdir)
+        folder = checkpoint.newest_step(workdir)
+        meta = checkpoint.read_meta(folder)
         check_same_run(meta, run.meta, workdir)
-        params = checkpoint.load_params(workdir, target=compiled.target["params"])
+        params = checkpoint.load_params(folder, target=compiled.target["params"])
         result = run.evaluator(params)
     write_results(workdir, meta["step"], result, run.gallery)
     return result

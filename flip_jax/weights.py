@@ -26,6 +26,7 @@ from flip_jax.config import Config
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.models import flip
 from flip_jax.named_arrays import mismatches, named_leaves, nested
+from flip_jax.step_folder import step_folder
 
 LAYOUT_VERSION = 1
 FORMAT = "flip_jax"
@@ -54,7 +55,8 @@ def read_weights(path: Path) -> Weights:
     if is_export(path):
         meta, params = _read_export(path)
     else:
-        meta, params = read_meta(path), load_params(path)
+        folder = step_folder(path, None)  # once: a training may write the next step meanwhile
+        meta, params = read_meta(folder), load_params(folder)
     cfg = config.from_dict(meta["config"])
     leaves = named_leaves(params)
     described = {n: {"dtype": str(v.dtype), "shape": list(v.shape)} for n, v in leaves.items()}

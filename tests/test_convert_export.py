@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -21,8 +22,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import flip_jax
-from flip_jax import config
-from flip_jax.checkpoint import load_momentum, load_params, read_meta, save_weights
+from flip_jax import config, weights
+from flip_jax.checkpoint import CheckpointError, load_momentum, load_params, read_meta, save_weights
 from flip_jax.config import Config, DataConfig, ModelConfig, TextConfig, VisionConfig
 from flip_jax.convert import torch_flip, torch_models
 from flip_jax.convert.__main__ import main
@@ -53,6 +54,43 @@ def write_ours(folder, model):
     }
     save_weights(folder, params, meta)
     return folder
+
+
+@pytest.mark.parametrize("kind", ["flip", "safetensors"])
+def test_all_that_is_written_is_of_one_step(tmp_path, monkeypatch, kind):
+    """Of the step that was the newest at the start, while a training writes the next one."""
+    model, steps = tiny_weights.model_config(), tmp_path / "run" / "checkpoints"
+    torch.save({"model": tiny_weights.official_state()}, tmp_path / "source")
+    import_weights("flip", tmp_path / "source", steps / "1", Options(tokenizer="grammar"))
+    params, momentum = load_params(steps / "1"), load_momentum(steps / "1")
+
+    def reading(path):
+        meta = read_meta(path)
+        zeros = jax.tree.map(np.zeros_like, {"params": params, "momentum": momentum})
+        if not (steps / "2").exists():
+            save_weights(steps / "2", zeros["params"], meta, momentum=zeros["momentum"])
+        return meta
+
+    monkeypatch.setattr(weights, "read_meta", reading)
+    export_weights(kind, tmp_path / "run", tmp_path / "out")
+    assert (steps / "2").exists()
+    if kind == "safetensors":
+        found = {"params": weights.read_weights(tmp_path / "out").params}
+    else:
+        state = torch.load(tmp_path / "out", weights_only=True)["model"]
+        state = {name: value.numpy() for name, value in state.items()}
+        wanted = torch_flip.state_to_official(params, momentum["twins"], momentum["queue"], model)
+        found = {"params": params}
+        jax.tree.map(np.testing.assert_array_equal, state, dict(wanted))
+    jax.tree.map(np.testing.assert_array_equal, found["params"], params)
+
+
+def test_a_step_without_meta_is_damaged(ours, tmp_path):
+    shutil.copytree(ours, tmp_path / "checkpoints" / "7")
+    (tmp_path / "checkpoints" / "7" / "meta" / "metadata").unlink()
+    for path in (tmp_path, tmp_path / "checkpoints" / "7"):
+        with pytest.raises(CheckpointError, match="7 is damaged: meta cannot be read"):
+            weights.read_weights(path)
 
 
 def test_counts_of_the_base_model():

@@ -1,6 +1,7 @@
 """Imported weights as the start of a run: `config.init`."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 import tiny_weights
 import torch
 
-from flip_jax.checkpoint import load_momentum, load_params
+from flip_jax.checkpoint import load_momentum, load_params, read_meta, save_weights
 from flip_jax.config import Config, DataConfig, InitConfig, LossConfig
+from flip_jax.convert import init
 from flip_jax.convert.foreign import Options
 from flip_jax.convert.importer import import_weights
 from flip_jax.convert.init import initial_params, initial_state
@@ -48,6 +50,28 @@ def fresh():
 
 def assert_same(found, wanted):
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def test_weights_twins_and_queue_are_of_one_step(imported, fresh, tmp_path, monkeypatch):
+    """Of the step that was the newest at the start, while a training writes the next one."""
+    steps = tmp_path / "checkpoints"
+    shutil.copytree(imported / "flip", steps / "1")
+
+    def reading(*arguments, **options):
+        found = load_params(*arguments, **options)
+        if not (steps / "2").exists():
+            other = jax.tree.map(np.zeros_like, load_momentum(imported / "flip"))
+            zeros = jax.tree.map(np.zeros_like, found)
+            save_weights(steps / "2", zeros, read_meta(imported / "flip"), momentum=other)
+        return found
+
+    monkeypatch.setattr(init, "load_params", reading)
+    cfg = run_config(checkpoint=tmp_path)
+    state, wanted = initial_state(cfg, fresh), load_momentum(imported / "flip")
+    assert (steps / "2").exists()
+    assert_same(state["params"], load_params(imported / "flip"))
+    assert_same(state["momentum"], wanted["twins"])
+    assert_same(state["queue"], wanted["queue"])
 
 
 def test_nothing_given_changes_nothing(fresh):

@@ -235,6 +235,15 @@ def test_mirrored_classes_by_name():
     assert pairs == {pair for a, b in wanted for pair in ((a, b), (b, a))}
 
 
+def test_sides_in_other_words():
+    names = "Left eye", "nose", "brow.right", "RIGHT EYE", "brow.left", "l_lip", "gloves"
+    assert mirrored_classes(names).tolist() == [3, 1, 4, 0, 2, 5, 6]
+    with pytest.raises(ValueError, match=r"class 'left ear' has no other side.*set augment.flip=0"):
+        mirrored_classes(("background", "left ear"))
+    with pytest.raises(ValueError, match="does not name the classes"):
+        mirrored_classes(())
+
+
 def test_a_mirrored_face(face):
     """Mirrored points look like points of a face again: left stays left; twice is nothing."""
     augment = dataclasses.replace(NOTHING, flip=1.0)

@@ -14,6 +14,7 @@ from flip_jax.data.record_writer import RecordWriter
 from flip_jax.data.records import MANIFEST, RecordSource
 from flip_jax.data.transforms import BadImage
 from flip_jax.downstream.backbone import Backbone
+from flip_jax.downstream.dense_augment import Augment
 from flip_jax.downstream.dense_pictures import DensePicture, read_picture
 from flip_jax.downstream.face_data import DataLacks, FaceData
 from flip_jax.downstream.parsing import (
@@ -262,6 +263,9 @@ def test_names_of_the_classes(backbone, data, tmp_path):
     masks = [read_picture(faces, row).mask for row in range(12)]
     found = class_names(unnamed, unnamed.split("train"))
     assert found[:2] == ("background", "class 1") and len(found) == 1 + np.max(masks)
+    mirrored = dataclasses.replace(SETTINGS, augment=Augment(flip=0.5))
+    with pytest.raises(ValueError, match="does not name the classes of its masks"):
+        run_task("parsing", mirrored, backbone, unnamed, tmp_path / "out", ["command"])
     few = write_like(data, tmp_path / "few", lambda _, r: r, classes=("background", "face"))
     with pytest.raises(ValueError, match=r"record .*build the data set again with all names"):
         run_task("parsing", SETTINGS, backbone, few, tmp_path / "out", ["command"])

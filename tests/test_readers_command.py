@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import published_layouts as layouts
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from flip_jax.data.__main__ import main
 from flip_jax.data.published import write_published
@@ -16,6 +16,7 @@ from flip_jax.data.readers import READERS, aflw
 from flip_jax.data.readers.celeba_hq import CelebAMaskHQ
 from flip_jax.data.readers.samples import SketchPair
 from flip_jax.data.records import RecordSource, load_manifest
+from flip_jax.data.transforms import decode_image
 
 PAGE = Path(__file__).parent.parent / "docs" / "datasets.md"
 
@@ -85,6 +86,43 @@ def test_the_mask_of_a_record_has_the_pixels_of_its_picture(tmp_path):
     ):
         mask = np.asarray(Image.open(io.BytesIO(record.mask)))
         np.testing.assert_array_equal(mask, np.kron(sample.mask, np.ones((2, 2), np.uint8)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["wflw", "lapa"])
+def test_what_is_measured_in_pixels_of_the_file_stays_in_its_place(tmp_path, name, orientation):
+    """A camera's turn is not applied where points or a mask go by the pixels as they are stored."""
+    layouts.LAYOUTS[name](tmp_path / "root")
+    write_published(name, tmp_path / "root", tmp_path / "plain")
+    for path in (tmp_path / "root").rglob("*.jpg"):
+        path.write_bytes(with_orientation(path.read_bytes(), orientation))
+    write_published(name, tmp_path / "root", tmp_path / "turned")
+    plain, turned = (RecordSource(tmp_path / out, "test") for out in ("plain", "turned"))
+    for one, other in zip(plain, turned, strict=True):
+        first, second = (decode_image(record.image).astype(int) for record in (one, other))
+        assert first.shape == second.shape and np.abs(first - second).mean() < 3
+        np.testing.assert_array_equal(one.landmarks, other.landmarks)
+        assert one.mask == other.mask
+
+
+def with_orientation(data: bytes, orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = exif.tobytes()
+    return data[:2] + b"\xff\xe1" + (len(content) + 2).to_bytes(2, "big") + content + data[2:]
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_pictures_alone_are_turned_upright(tmp_path, orientation):
+    layouts.mm_celeba_hq(tmp_path / "root")
+    for path in (tmp_path / "root").rglob("*.jpg"):
+        path.write_bytes(with_orientation(path.read_bytes(), orientation))
+    reader = READERS["mm_celeba_hq"](tmp_path / "root", "test")
+    write_published("mm_celeba_hq", tmp_path / "root", tmp_path / "out")
+    for sample, record in zip(reader, RecordSource(tmp_path / "out", "test"), strict=True):
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(sample.image)))
+        stored = np.asarray(Image.open(io.BytesIO(record.image))).astype(int)
+        assert np.abs(stored - np.asarray(upright)).mean() < 3
 
 
 def test_a_damaged_sketch_is_named(tmp_path):

@@ -236,6 +236,21 @@ def test_existing_folder(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "precious"]
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_came_there_meanwhile_is_kept(tmp_path, overwrite):
+    folder = tmp_path / "data"
+    message = "more than a data set" if overwrite else "not empty"
+    with (
+        pytest.raises(ValueError, match=message),
+        RecordWriter(folder, "slow", overwrite=overwrite) as slow,
+    ):
+        slow.write("train", record())
+        write(folder)
+        (folder / "notes.txt").write_text("years of work")
+    assert load_manifest(folder).source == "test data"
+    assert (folder / "notes.txt").exists() and [p.name for p in tmp_path.iterdir()] == ["data"]
+
+
 @pytest.mark.parametrize(
     ("manifest", "extra", "message"),
     [

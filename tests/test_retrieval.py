@@ -95,6 +95,23 @@ def test_search_in_blocks_is_the_full_matrix(monkeypatch):
     np.testing.assert_allclose(found["cosine"], -np.sort(-full, axis=1)[:, :4])
 
 
+def test_equal_candidates_tie_wherever_they_stand():
+    """Of candidates that are there twice, one relevant, the other one always comes first."""
+    rng = np.random.default_rng(0)
+    queries = rng.normal(size=(64, 256)).astype(np.float32)
+    one = rng.normal(size=(1003, 256)).astype(np.float32)
+    one[:64] += 0.1 * queries
+    candidates = np.concatenate([one, one])
+    relevant = np.concatenate([np.arange(1003), np.full(1003, -1)])
+    found = retrieval.search(queries, candidates, np.arange(64), relevant, 4)
+    exact = queries.astype(float) @ one.T.astype(float)
+    better = np.sum(exact > np.diagonal(exact)[:, None], axis=1)
+    np.testing.assert_array_equal(found["rank"], 2 * better + 1)
+    np.testing.assert_allclose(found["cosine"][:, ::2], -np.sort(-exact, axis=1)[:, :2], rtol=1e-5)
+    np.testing.assert_array_equal(found["cosine"][:, ::2], found["cosine"][:, 1::2])
+    np.testing.assert_array_equal(found["top"][:, ::2] + 1003, found["top"][:, 1::2])
+
+
 def test_rerank_by_hand():
     found = {
         "rank": np.array([2, 7]),

@@ -277,6 +277,22 @@ def test_one_build_at_a_time(world, tmp_path):
     assert build_index(world.checkpoint, world.data, "test", out).faces == 40
 
 
+def test_a_build_does_not_take_the_file_of_one_that_has_just_ended(world, tmp_path, monkeypatch):
+    """Opened, and removed before it could be locked: what went there would be lost."""
+    lock = fcntl.flock
+
+    def late(file, how):
+        os.remove(file.name)
+        lock(file, how)
+
+    monkeypatch.setattr(builder.fcntl, "flock", late)
+    with pytest.raises(OSError, match="has just ended; start again"):
+        build_index(world.checkpoint, world.data, "test", tmp_path / "index")
+    monkeypatch.undo()
+    assert build_index(world.checkpoint, world.data, "test", tmp_path / "index").faces == 40
+    assert [file.name for file in tmp_path.iterdir()] == ["index"]
+
+
 def test_what_is_in_the_way_is_not_replaced(world, tmp_path, monkeypatch):
     given = (world.checkpoint, world.data, "test")
     (tmp_path / "here").mkdir()

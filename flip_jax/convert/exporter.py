@@ -23,6 +23,7 @@ from flip_jax.convert.conversion import ConversionError, import_torch, whole_or_
 from flip_jax.convert.weight_files import read_tensors
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.models import flip
+from flip_jax.step_folder import step_folder
 from flip_jax.weights import Weights, is_export, read_tokenizer, read_weights, write_export
 
 KINDS = ("flip", "hf", "clip", "farl", "safetensors")
@@ -50,6 +51,8 @@ def export_weights(kind: str, source: Path, out: Path, tokenizer: str | None = N
       OSError: the source or the vocabulary cannot be read, `out` cannot be written.
       ValueError: the source holds only a part of a model, or the vocabulary is another one.
     """
+    if not is_export(source):
+        source = step_folder(source, None)  # a training may write the next step meanwhile
     with whole_or_absent(out) as partial:
         if kind in ("clip", "farl"):
             return "\n".join([*_openai(partial, source, kind), f"written: {out}"])

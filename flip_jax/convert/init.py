@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from flip_jax import config
-from flip_jax.checkpoint import load_momentum, load_params, read_meta
+from flip_jax.checkpoint import load_momentum, load_params, newest_step, read_meta
 from flip_jax.config import Config
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.models import flip
@@ -24,7 +25,19 @@ FIELDS = {"checkpoint": "*", "vision": "vit/*", "text": "bert/*"}
 _INVISIBLE = {"vision": ("heads", "patch_size"), "text": ("heads",)}
 
 
-def initial_params(cfg: Config, params: flip.Params) -> flip.Params:
+def start_folders(cfg: Config) -> dict[str, Path]:
+    """Field of `cfg.init` -> folder of the step to read, where one is given.
+
+    Raises:
+      FileNotFoundError: no checkpoint there.
+    """
+    given = {field: getattr(cfg.init, field) for field in FIELDS}
+    return {field: newest_step(path) for field, path in given.items() if path is not None}
+
+
+def initial_params(
+    cfg: Config, params: flip.Params, folders: Mapping[str, Path] | None = None
+) -> flip.Params:
     """`params` with what `cfg.init` names in place of fresh values.
 
     `init.checkpoint` brings all parameters it has, `init.vision` those of the image tower,
@@ -34,18 +47,17 @@ def initial_params(cfg: Config, params: flip.Params) -> flip.Params:
 
     Args:
       params: fresh parameters; arrays go to their shardings.
+      folders: what `start_folders` says; by default as of now.
 
     Raises:
       FileNotFoundError: no checkpoint there.
       ValueError: it has no such parameters, or sizes or vocabulary differ from `cfg`.
     """
     fresh = named_leaves(params)
-    for field, only in FIELDS.items():
+    for field, folder in (start_folders(cfg) if folders is None else folders).items():
         path = getattr(cfg.init, field)
-        if path is None:
-            continue
-        loaded = named_leaves(load_params(path, only=only))
-        _check(field, path, cfg, loaded, fresh)
+        loaded = named_leaves(load_params(folder, only=FIELDS[field]))
+        _check(field, folder, cfg, loaded, fresh)
         fresh |= {n: jax.device_put(v, fresh[n].sharding) for n, v in loaded.items()}
         _log.info("init.%s: %d of %d arrays from %s", field, len(loaded), len(fresh), path)
     return nested(fresh)
@@ -65,10 +77,11 @@ def initial_state(cfg: Config, state: Mapping[str, Any]) -> dict[str, Any]:
     init = cfg.init
     if not any(getattr(init, field) for field in FIELDS):
         return dict(state)
-    params = initial_params(cfg, state["params"])
+    folders = start_folders(cfg)
+    params = initial_params(cfg, state["params"], folders)
     if not state["momentum"]:
         return {**state, "params": params}
-    stored = load_momentum(init.checkpoint) if init.checkpoint else {}
+    stored = load_momentum(folders["checkpoint"]) if init.checkpoint else {}
     twins, queue = stored.get("twins"), stored.get("queue")
     if twins is None or init.vision or init.text:
         twins = jax.tree.map(jnp.copy, flip.twin_params(params))
@@ -93,9 +106,9 @@ def _placed(values: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any
 
 
 def _check(
-    field: str, path: str, cfg: Config, loaded: Mapping[str, Any], fresh: Mapping[str, Any]
+    field: str, folder: Path, cfg: Config, loaded: Mapping[str, Any], fresh: Mapping[str, Any]
 ) -> None:
-    meta = read_meta(path)
+    meta = read_meta(folder)
     described = {n: {"dtype": str(v.dtype), "shape": list(v.shape)} for n, v in loaded.items()}
     wanted = {name: leaf for name, leaf in fresh.items() if name in loaded}
     problems = mismatches(described, wanted)
@@ -116,8 +129,9 @@ def _check(
             )
     if problems:
         raise ValueError(
-            f"config.init.{field}={path!r} does not fit the config: {'; '.join(problems)}. Change "
-            "config.model or config.data.tokenizer, or convert again (--image-size, --tokenizer)"
+            f"config.init.{field}={getattr(cfg.init, field)!r} does not fit the config: "
+            f"{'; '.join(problems)}. Change config.model or config.data.tokenizer, or convert "
+            "again (--image-size, --tokenizer)"
         )
 
 

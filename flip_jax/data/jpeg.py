@@ -46,8 +46,8 @@ def jpeg_size(data: bytes) -> tuple[int, int]:
     return (width, height) if _orientation(data) >= 5 else (height, width)
 
 
-def decode_jpeg(data: bytes, least: int | None = None) -> np.ndarray | None:
-    """Decodes a JPEG upright; None for CMYK, whose inversion by Adobe simplejpeg does not know.
+def decode_jpeg(data: bytes, least: int | None = None, upright: bool = True) -> np.ndarray | None:
+    """Decodes a JPEG; None for CMYK, whose inversion by Adobe simplejpeg does not know.
 
     Every defect that libjpeg notices counts as damage.
 
@@ -55,6 +55,7 @@ def decode_jpeg(data: bytes, least: int | None = None) -> np.ndarray | None:
       least: pixels. The picture comes at 1/2, 1/4 or 1/8 of its size where neither side is shorter
         than this then: libjpeg leaves the high frequencies of each block out, in about half the
         time. None = full size.
+      upright: whether the EXIF orientation is applied.
 
     Returns:
       uint8 [H, W, 3] RGB, C-contiguous.
@@ -79,7 +80,7 @@ def decode_jpeg(data: bytes, least: int | None = None) -> np.ndarray | None:
         )
     except ValueError as error:
         raise BadImage(f"damaged JPEG: {error}") from error
-    turn = _TURNS.get(_orientation(data))
+    turn = _TURNS.get(_orientation(data)) if upright else None
     return image if turn is None else turn(image)
 
 

@@ -36,8 +36,9 @@ def write_published(
 ) -> BuildReport:
     """Writes all splits of a published data set as records, in the order of its tables.
 
-    A baseline RGB JPEG is stored byte for byte, any other picture is encoded again. A sample whose
-    files are missing or damaged is rejected and named.
+    A baseline RGB JPEG is stored byte for byte, any other picture is encoded again: upright, or
+    as the file's pixels lie where masks, landmarks or boxes go by them. A sample whose files are
+    missing or damaged is rejected and named.
 
     Args:
       name: of `READERS`.
@@ -88,9 +89,11 @@ def _finish(draft: tuple[Reader, int], captions: int) -> Finished:
     except ValueError as error:
         raise Rejected("damaged file", str(error)) from error
     is_pair = isinstance(sample, SketchPair)
+    # These are in pixels of the file (readers/samples.py), which must not be turned then.
+    placed = any(getattr(sample, n, None) is not None for n in ("mask", "landmarks", "box"))
     try:
         photo = sample.photo if is_pair else sample.image
-        image, encoded_again = prepare_image(photo, None, _QUALITY)
+        image, encoded_again = prepare_image(photo, None, _QUALITY, upright=not placed)
         for drawing in _drawings(sample) if is_pair else ():
             decode_image(drawing)
     except BadImage as error:

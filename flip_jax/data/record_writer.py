@@ -49,7 +49,8 @@ class RecordWriter:
 
     Raises:
       ValueError: `out_dir` is not empty and `overwrite` is off, or it holds anything but a data
-        set of whatever schema version; on leaving the block: nothing was written.
+        set of whatever schema version; on leaving the block: nothing was written, or something
+        else was put there meanwhile.
       OSError: the folder or the disk refuses.
     """
 
@@ -67,12 +68,8 @@ class RecordWriter:
         self._mask_classes = list(mask_classes)
         self._writers: dict[str, _SplitWriter] = {}
         self._ids: set[str] = set()
-        if self.out_dir.exists() and (not self.out_dir.is_dir() or any(self.out_dir.iterdir())):
-            if not overwrite:
-                raise ValueError(
-                    f"{self.out_dir} exists and is not empty; choose another folder or overwrite"
-                )
-            _check_replaceable(self.out_dir)
+        self._overwrite = overwrite
+        self._check_target()
 
     def __enter__(self) -> RecordWriter:
         self.out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -128,11 +125,20 @@ class RecordWriter:
         text = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
         (self._folder / MANIFEST).write_bytes(text)
         self._folder.chmod(0o755)  # mkdtemp's folder is private
+        self._check_target()  # again: what came there meanwhile is not this one's
         old = self._folder.with_name(self._folder.name + ".old")
         if self.out_dir.exists():
             self.out_dir.rename(old)
         self._folder.rename(self.out_dir)
         shutil.rmtree(old, ignore_errors=True)
+
+    def _check_target(self) -> None:
+        if self.out_dir.exists() and (not self.out_dir.is_dir() or any(self.out_dir.iterdir())):
+            if not self._overwrite:
+                raise ValueError(
+                    f"{self.out_dir} exists and is not empty; choose another folder or overwrite"
+                )
+            _check_replaceable(self.out_dir)
 
 
 class _AnyManifest(msgspec.Struct):

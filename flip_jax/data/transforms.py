@@ -37,7 +37,7 @@ _CUBIC_SHRINKS = 1.2
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
-def decode_image(data: bytes, least: int | None = None) -> np.ndarray:
+def decode_image(data: bytes, least: int | None = None, *, upright: bool = True) -> np.ndarray:
     """Decodes a picture as it is meant to be seen.
 
     Greyscale, palette and CMYK become RGB, the EXIF orientation is applied, transparency is
@@ -47,6 +47,7 @@ def decode_image(data: bytes, least: int | None = None) -> np.ndarray:
     Args:
       data: the whole file.
       least: see `decode_jpeg`.
+      upright: False leaves the EXIF orientation alone, for what was measured in the file's pixels.
 
     Returns:
       uint8 [H, W, 3] RGB, C-contiguous.
@@ -55,17 +56,20 @@ def decode_image(data: bytes, least: int | None = None) -> np.ndarray:
       BadImage: empty, unknown format, truncated or corrupt data, more than 8 bits per channel
         where Pillow keeps them, or more than `MAX_PIXELS` pixels.
     """
-    if is_jpeg(data) and (image := decode_jpeg(data, least)) is not None:
+    if is_jpeg(data) and (image := decode_jpeg(data, least, upright)) is not None:
         return image
     with _open(data) as image:
         try:
-            return rgb_array(image)
+            return rgb_array(image, upright)
         except Exception as error:  # Pillow's plugins raise many types for damaged files.
             raise BadImage(f"cannot decode the picture: {error}") from error
 
 
-def rgb_array(image: Image.Image) -> np.ndarray:
+def rgb_array(image: Image.Image, upright: bool = True) -> np.ndarray:
     """Returns an opened picture as it is meant to be seen, uint8 [H, W, 3] RGB.
+
+    Args:
+      upright: see `decode_image`.
 
     Raises:
       BadImage: integer or float pixels, which Pillow would cut off at 255 instead of scaling them.
@@ -74,7 +78,7 @@ def rgb_array(image: Image.Image) -> np.ndarray:
         raise BadImage(
             f"pixels of mode {image.mode}; convert the picture to 8 bits per channel first"
         )
-    return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    return np.array((ImageOps.exif_transpose(image) if upright else image).convert("RGB"))
 
 
 def encode_jpeg(image: np.ndarray, quality: int = 95) -> bytes:
@@ -88,7 +92,9 @@ def encode_jpeg(image: np.ndarray, quality: int = 95) -> bytes:
     )
 
 
-def prepare_image(data: bytes, max_side: int | None, quality: int) -> tuple[bytes, bool]:
+def prepare_image(
+    data: bytes, max_side: int | None, quality: int, *, upright: bool = True
+) -> tuple[bytes, bool]:
     """Makes the JPEG that a record stores.
 
     A JPEG that decodes, is baseline RGB, upright and not too large stays byte for byte; any other
@@ -98,6 +104,7 @@ def prepare_image(data: bytes, max_side: int | None, quality: int) -> tuple[byte
       data: a picture file.
       max_side: pixels; a larger picture is shrunk, its aspect ratio kept. None = never.
       quality: of a JPEG encoded again, 1 to 100.
+      upright: see `decode_image`.
 
     Returns:
       The JPEG file, and whether it was encoded again.
@@ -105,7 +112,7 @@ def prepare_image(data: bytes, max_side: int | None, quality: int) -> tuple[byte
     Raises:
       BadImage: the picture cannot be decoded.
     """
-    image = decode_image(data)
+    image = decode_image(data, upright=upright)
     side = max(image.shape[:2])
     if max_side is not None and side > max_side:
         height, width = (max(round(n * max_side / side), 1) for n in image.shape[:2])

@@ -10,6 +10,8 @@ blur, occlusion and noise are is published only as names, the ranges are ours.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -124,18 +126,33 @@ _CHANGES = {
 _SIDES = {"l": "r", "r": "l", "left": "right", "right": "left"}
 
 
-def mirrored_classes(names: tuple[str, ...]) -> np.ndarray:
+def mirrored_classes(names: Sequence[str]) -> np.ndarray:
     """int64 [K]: the class that each becomes in a mirror, by names such as `l_eye` and `r_eye`.
 
-    `l_lip` stays what it is, as there is no `r_lip`: names without a partner are of no side.
+    A side is a word of its own, anywhere in a name, in letters of any size: `Eye left`. `l_lip`
+    stays what it is, as there is no `r_lip`.
+
+    Raises:
+      ValueError: no names, as manifests without classes have it; a name with `left` or `right`
+        whose other side is missing.
     """
-    places = {name: k for k, name in enumerate(names)}
-
-    def partner(name: str) -> str:
-        first, bar, rest = name.partition("_")
-        return _SIDES.get(first, first) + bar + rest
-
-    return np.array([places.get(partner(name), k) for name, k in places.items()])
+    if not names:
+        raise ValueError(
+            "augment.flip: the data set does not name the classes of its masks, and which of them "
+            "are left and right is not known; set augment.flip=0"
+        )
+    places = {name.lower(): k for k, name in enumerate(names)}
+    found = np.arange(len(names))
+    for name, k in places.items():
+        words = re.split(r"([^\W_]+)", name)
+        other = places.get("".join(_SIDES.get(word, word) for word in words))
+        if other is None and {"left", "right"} & set(words):
+            raise ValueError(
+                f"augment.flip: class {names[k]!r} has no other side among {', '.join(names)}; "
+                "set augment.flip=0"
+            )
+        found[k] = k if other is None else other
+    return found
 
 
 def flip_mask(mask: np.ndarray, names: tuple[str, ...]) -> np.ndarray:

@@ -16,7 +16,7 @@ from flip_jax.downstream.alignment_metrics import normalizers_of
 from flip_jax.downstream.alignment_scoring import Truth, usable
 from flip_jax.downstream.backbone import Backbone
 from flip_jax.downstream.columns import read_columns
-from flip_jax.downstream.dense_augment import flip_points
+from flip_jax.downstream.dense_augment import flip_points, mirrored_classes
 from flip_jax.downstream.dense_pictures import DenseBatches
 from flip_jax.downstream.dense_saved import save_dense
 from flip_jax.downstream.dense_training import DenseNet, Predict, TrainedDense, train_dense
@@ -100,7 +100,9 @@ def _faces(settings: Settings, data: FaceData) -> tuple[Splits, Frame]:
         if not len(part):
             raise DataLacks(f"{data.path}: no face of the {name} split has a point that is known")
     if settings.augment.flip:
-        flip_points(np.zeros(frame.points))  # before anything is trained: is the scheme known?
+        # Before anything is trained: are mirror images known?
+        flip_points(np.zeros(frame.points))
+        mirrored_classes(data.manifest.mask_classes)
     order = np.random.default_rng(settings.seed).permutation(len(found["train"]))
     return Splits(**found | {"train": found["train"].take(order)}), frame
 

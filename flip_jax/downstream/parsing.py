@@ -13,6 +13,7 @@ import numpy as np
 
 from flip_jax.downstream.backbone import Backbone, Rows
 from flip_jax.downstream.columns import read_columns
+from flip_jax.downstream.dense_augment import mirrored_classes
 from flip_jax.downstream.dense_geometry import FIVE_POINTS
 from flip_jax.downstream.dense_pictures import DenseBatches, read_picture
 from flip_jax.downstream.dense_saved import save_dense
@@ -91,6 +92,8 @@ def _faces(settings: Settings, data: FaceData) -> Splits:
             faces = faces.take(known)
         found.append(faces)
     train, val, test = found
+    if settings.augment.flip:
+        mirrored_classes(data.manifest.mask_classes)  # before anything is trained: are they known?
     order = np.random.default_rng(settings.seed).permutation(len(train))
     return Splits(train.take(order), val, test)
 

@@ -57,6 +57,10 @@ def search(
 ) -> dict[str, np.ndarray]:
     """Exact cosine search in blocks of queries; memory grows with Q + N, not with Q * N.
 
+    Equal candidates, such as those of a caption that many pictures share, have equal cosines: a
+    product of matrices rounds them one way or the other by where they stand, so that a tie would
+    count for the model as often as against it.
+
     Args:
       queries: float32 [Q, E]; candidates: float32 [N, E]; unit norm.
       query_of, candidate_of: int [Q], [N]; a candidate is relevant where the numbers are equal.
@@ -66,10 +70,11 @@ def search(
       {"rank": int64 [Q], see `cosine_ranks`; "top": int64 [Q, k], best first, ties by index;
       "cosine": float32 [Q, k]; "relevant": bool [Q, k]}
     """
+    distinct, place = _distinct(candidates)
     parts = []
     for start in range(0, len(queries), _QUERY_BLOCK):
         block = slice(start, start + _QUERY_BLOCK)
-        similarity = queries[block] @ candidates.T
+        similarity = (queries[block] @ distinct.T)[:, place]
         relevant = query_of[block, None] == candidate_of[None]
         top = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
         parts.append(
@@ -81,6 +86,14 @@ def search(
             }
         )
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | slice]:
+    """The different rows of [N, E], and which of them each of the N is."""
+    whole = np.dtype((np.void, rows.itemsize * rows.shape[1]))
+    keys = np.ascontiguousarray(rows).view(whole)[:, 0]
+    _, first, place = np.unique(keys, return_index=True, return_inverse=True)
+    return (rows, slice(None)) if len(first) == len(rows) else (rows[first], place)
 
 
 def rerank(found: dict[str, np.ndarray], logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

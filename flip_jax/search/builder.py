@@ -112,7 +112,7 @@ def build_index(
         write_index(finished, graph, attributes, np.array(table["record"]), manifest)
         _check_target(out, overwrite)  # again: what came there meanwhile is not this one's
         _put_in_place(finished, out, partial / "replaced")
-    shutil.rmtree(partial)
+        shutil.rmtree(partial)  # while it is held: the next build begins with a folder of its own
     return manifest
 
 
@@ -156,6 +156,9 @@ class _Rows:
         except OSError as error:
             self._file.close()
             raise OSError(f"another process is building into {self._path.parent}") from error
+        if not self._is_in_place():
+            self._file.close()
+            raise OSError(f"another build into {self._path.parent} has just ended; start again")
         same = False
         with contextlib.suppress(OSError, ValueError):  # none yet, or a part of it
             same = json.loads(self._about.read_text()) == self._made_from
@@ -164,6 +167,13 @@ class _Rows:
         self._file.truncate(kept * self.dtype.itemsize)
         self._about.write_text(json.dumps(self._made_from))
         return self
+
+    def _is_in_place(self) -> bool:
+        """Whether the file is still there: the build that held it removes it at its end."""
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+        except FileNotFoundError:
+            return False
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
