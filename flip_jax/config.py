@@ -89,7 +89,8 @@ class ModelConfig:
     mim_loss_head: bool = False
     # A head that tells the next word of a caption, see `LossWeights.caption`.
     caption_head: bool = False
-    # Compute type of matrix products; parameters, norms, softmax and losses stay float32.
+    # Type of matrix products in training, and of what goes from block to block. Parameters, the
+    # inside of norms and of softmax, losses and evaluation stay float32.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     # What the backward pass recomputes: nothing, all but matrix products, or whole blocks.
     remat: Literal["none", "dots", "full"] = "none"

@@ -8,6 +8,7 @@ reference leaves them to an unstable sort.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -240,7 +241,7 @@ def _hit_chance(total: int, own: np.ndarray, k: int) -> np.ndarray:
 
 
 class RetrievalEvaluator:
-    """Compiled once, called with any parameters.
+    """Compiled once, called with any parameters; in float32, whatever `model.dtype` is.
 
     Memory is bounded: image tokens live for one block of `eval.batch_size` images at a time, and
     each pair is scored once for both directions.
@@ -266,7 +267,8 @@ class RetrievalEvaluator:
                 f"config.eval.batch_size={cfg.eval.batch_size}: must be a multiple of the "
                 f"{mesh.size} devices, for example {fits or mesh.size} or {fits + mesh.size}"
             )
-        graphdef = flip.build(cfg.model)
+        # As `flip_jax.load` and all tasks: the numbers of a checkpoint are the same everywhere.
+        graphdef = flip.build(dataclasses.replace(cfg.model, dtype="float32"))
 
         def encode_image(params, image):
             return nnx.merge(graphdef, params).encode_image(image)

@@ -22,6 +22,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from flip_jax.models.layers import add_rows, take_rows
+
 Array = jax.Array
 
 
@@ -36,21 +38,22 @@ def fetch_rows(x: Array, index: Array, mesh: Mesh | None = None) -> Array:
       index: int32 [B], each 0..B-1, in any order and any number of times.
       mesh: None = one device.
     """
-    return _fetch(x, index, None if mesh is None or mesh.size == 1 else mesh)
+    if mesh is None or mesh.size == 1:
+        return take_rows(x, index)
+    return _fetch(x, index, mesh)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _fetch(x: Array, index: Array, mesh: Mesh | None) -> Array:
-    return x[index] if mesh is None else _on_mesh(_pull, mesh)(x, index)
+def _fetch(x: Array, index: Array, mesh: Mesh) -> Array:
+    return _on_mesh(_pull, mesh)(x, index)
 
 
-def _fetch_forward(x: Array, index: Array, mesh: Mesh | None) -> tuple[Array, Array]:
+def _fetch_forward(x: Array, index: Array, mesh: Mesh) -> tuple[Array, Array]:
     return _fetch(x, index, mesh), index
 
 
-def _fetch_backward(mesh: Mesh | None, index: Array, grad: Array) -> tuple[Array, None]:
-    back = _add_up if mesh is None else _on_mesh(_push, mesh)
-    return back(grad, index), None
+def _fetch_backward(mesh: Mesh, index: Array, grad: Array) -> tuple[Array, None]:
+    return _on_mesh(_push, mesh)(grad, index), None
 
 
 _fetch.defvjp(_fetch_forward, _fetch_backward)
@@ -77,7 +80,7 @@ def _pull(x: Array, index: Array, *, axes: tuple[str, ...]) -> Array:
 def _push(grad: Array, index: Array, *, axes: tuple[str, ...]) -> Array:
     """The transpose of `_pull`: every row's gradient goes to its owner, who adds them up."""
     plan = make_plan(jax.lax.all_gather(index, axes), jax.lax.axis_index(axes))
-    grad = _add_up(grad, plan.place_of_wish)
+    grad = add_rows(grad, plan.place_of_wish, len(grad))
 
     def one_round(number: Array, total: Array) -> Array:
         sent = grad.at[plan.places[number]].get(mode="clip")
@@ -86,12 +89,6 @@ def _push(grad: Array, index: Array, *, axes: tuple[str, ...]) -> Array:
 
     total = jnp.zeros_like(grad, jnp.float32)
     return jax.lax.fori_loop(0, plan.rounds, one_round, total).astype(grad.dtype)
-
-
-def _add_up(values: Array, row: Array) -> Array:
-    """Zeros like `values` [b, ...] with values[i] added to row[i], int32 [b]."""
-    total = jnp.zeros_like(values, jnp.float32).at[row].add(values.astype(jnp.float32))
-    return total.astype(values.dtype)
 
 
 class Plan(NamedTuple):

@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask impo
 )
 from jax.sharding import PartitionSpec
 
-from flip_jax.models.layers import dropout, normal
+from flip_jax.models.layers import Linear, dropout, normal
 
 Array = jax.Array
 
@@ -139,10 +139,10 @@ class Attention(nnx.Module):
         kv_width = kv_width or width
         self.heads = heads
         options = {"dtype": dtype, "rngs": rngs}
-        self.query = nnx.Linear(width, width, kernel_init=normal(in_std), **options)
-        self.key = nnx.Linear(kv_width, width, kernel_init=normal(in_std), **options)
-        self.value = nnx.Linear(kv_width, width, kernel_init=normal(in_std), **options)
-        self.out = nnx.Linear(width, width, kernel_init=normal(out_std), **options)
+        self.query = Linear(width, width, kernel_init=normal(in_std), **options)
+        self.key = Linear(kv_width, width, kernel_init=normal(in_std), **options)
+        self.value = Linear(kv_width, width, kernel_init=normal(in_std), **options)
+        self.out = Linear(width, width, kernel_init=normal(out_std), **options)
 
     def _split(self, x: Array) -> Array:
         """[B, S, D] -> [B, H, S, K]."""

@@ -17,13 +17,14 @@ from flax import nnx
 from flip_jax.config import TextConfig
 from flip_jax.models.attention import Attention
 from flip_jax.models.layers import (
+    LayerNorm,
     Mlp,
     dropout,
     exact_gelu,
-    layer_norm,
     normal,
     scan_blocks,
     stack_blocks,
+    take_rows,
 )
 
 Array = jax.Array
@@ -45,7 +46,7 @@ def of_each_text(a: Array, image_index: ImageIndex) -> Array:
         return jnp.stack([groups[:, i] for i in image_index], axis=1).reshape(-1, *a.shape[1:])
     # With one image there is nothing to gather: all texts are its group. (XLA's CPU backend of
     # jaxlib 0.10.2 also returns wrong values for that gather inside a scan.)
-    return a if image_index is None or len(a) == 1 else a[image_index]
+    return a if image_index is None or len(a) == 1 else take_rows(a, image_index)
 
 
 class TextBlock(nnx.Module):
@@ -55,11 +56,11 @@ class TextBlock(nnx.Module):
         self.dropout = cfg.dropout
         std = {"in_std": cfg.init_std, "out_std": cfg.init_std}
         self.attn = Attention(cfg.width, cfg.heads, **std, dtype=dtype, rngs=rngs)
-        self.ln_attn = layer_norm(cfg.width, EPSILON, dtype, rngs)
+        self.ln_attn = LayerNorm(cfg.width, EPSILON, dtype, rngs)
         self.cross = Attention(
             cfg.width, cfg.heads, kv_width=image_width, **std, dtype=dtype, rngs=rngs
         )
-        self.ln_cross = layer_norm(cfg.width, EPSILON, dtype, rngs)
+        self.ln_cross = LayerNorm(cfg.width, EPSILON, dtype, rngs)
         self.mlp = Mlp(
             cfg.width,
             cfg.mlp_width,
@@ -69,7 +70,7 @@ class TextBlock(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.ln_mlp = layer_norm(cfg.width, EPSILON, dtype, rngs)
+        self.ln_mlp = LayerNorm(cfg.width, EPSILON, dtype, rngs)
 
     def __call__(
         self,
@@ -121,7 +122,7 @@ class Bert(nnx.Module):
         self.position_embed = nnx.Param(
             normal(cfg.init_std)(rngs.params(), (cfg.positions, cfg.width))
         )
-        self.ln_embed = layer_norm(cfg.width, EPSILON, dtype, rngs)
+        self.ln_embed = LayerNorm(cfg.width, EPSILON, dtype, rngs)
         self.blocks = stack_blocks(lambda r: TextBlock(cfg, image_width, dtype, r), cfg.depth, rngs)
 
     def __call__(

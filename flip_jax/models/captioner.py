@@ -14,7 +14,7 @@ from flax import nnx
 
 from flip_jax.config import TextConfig
 from flip_jax.models.bert import EPSILON, Bert
-from flip_jax.models.layers import exact_gelu, layer_norm, normal
+from flip_jax.models.layers import LayerNorm, Linear, exact_gelu, normal
 
 Array = jax.Array
 
@@ -23,10 +23,10 @@ class CaptionHead(nnx.Module):
     """norm(gelu(dense(x))) @ word embeddings + bias: tied, so that it is small."""
 
     def __init__(self, cfg: TextConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.dense = nnx.Linear(
+        self.dense = Linear(
             cfg.width, cfg.width, kernel_init=normal(cfg.init_std), dtype=dtype, rngs=rngs
         )
-        self.norm = layer_norm(cfg.width, EPSILON, dtype, rngs)
+        self.norm = LayerNorm(cfg.width, EPSILON, dtype, rngs)
         self.bias = nnx.Param(jnp.zeros(cfg.vocab_size, jnp.float32))
 
     def __call__(self, x: Array, word_embed: Array) -> Array:

@@ -1,8 +1,9 @@
-"""The parts both towers share: LayerNorm, MLP, dropout, and a scanned stack of blocks.
+"""The parts both towers share: linear maps, LayerNorm, MLP, dropout, and a scanned stack of blocks.
 
 Modules are containers of named arrays (`flax.nnx`); every transform is plain JAX. Arrays are
-stored float32 and cast to the compute dtype where they are used; softmax and LayerNorm statistics
-are float32. Dims: B rows, S tokens, D width, L layers.
+stored float32 and cast to the compute dtype where they are used. Softmax and LayerNorm are float32
+inside, and so are sums over rows in the backward pass: a sum of many bfloat16 numbers loses the
+small ones. Dims: B rows, S tokens, D width, L layers.
 """
 
 from __future__ import annotations
@@ -24,9 +25,63 @@ def normal(std: float) -> Callable[..., Array]:
     return jax.nn.initializers.normal(std)
 
 
-def layer_norm(width: int, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm over the last axis; exact two-pass variance, since E[x²]-E[x]² cancels."""
-    return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)
+class LayerNorm(nnx.LayerNorm):
+    """LayerNorm over the last axis, in float32; what comes out is `dtype`.
+
+    Exact two-pass variance, since E[x²]-E[x]² cancels.
+    """
+
+    def __init__(self, width: int, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+        options = {"epsilon": epsilon, "use_fast_variance": False, "dtype": jnp.float32}
+        super().__init__(width, **options, rngs=rngs)
+        self.out_dtype = dtype
+
+    def __call__(self, x: Array) -> Array:
+        return super().__call__(x).astype(self.out_dtype)
+
+
+class Linear(nnx.Linear):
+    """x [..., in] @ kernel + bias in `dtype`; the gradient of the bias is summed in float32."""
+
+    def __call__(self, x: Array) -> Array:
+        y = jnp.matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return add_bias(y, self.bias[...])
+
+
+@jax.custom_vjp
+def add_bias(x: Array, bias: Array) -> Array:
+    """x [..., D] + bias float32 [D] in the dtype of x; see the top for its gradient."""
+    return x + bias.astype(x.dtype)
+
+
+def _bias_gradient(_, grad: Array) -> tuple[Array, Array]:
+    return grad, jnp.sum(grad, axis=tuple(range(grad.ndim - 1)), dtype=jnp.float32)
+
+
+add_bias.defvjp(lambda x, bias: (add_bias(x, bias), None), _bias_gradient)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _take_rows(x: Array, index: Array, rows: int) -> Array:
+    return x[index]
+
+
+def take_rows(x: Array, index: Array) -> Array:
+    """x[index] of x [M, ...], index int32 [N]; see the top for its gradient."""
+    return _take_rows(x, index, len(x))
+
+
+def add_rows(values: Array, index: Array, rows: int) -> Array:
+    """Zeros [rows, ...] with values[n] added to row index[n], summed in float32, in the dtype of
+    `values` [N, ...]."""
+    total = jnp.zeros((rows, *values.shape[1:]), jnp.float32)
+    return total.at[index].add(values.astype(jnp.float32)).astype(values.dtype)
+
+
+_take_rows.defvjp(
+    lambda x, index, rows: (_take_rows(x, index, rows), index),
+    lambda rows, index, grad: (add_rows(grad, index, rows), None),
+)
 
 
 def rows_over_devices(x: Array) -> Array:
@@ -53,7 +108,9 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
     halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(*x.shape[:-1], -1)
     # Wider for the comparison: with a rate near 0 the limit is 2^16 itself.
     keep = halves[..., : x.shape[-1]].astype(jnp.uint32) < round((1.0 - rate) * 2**16)
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+    # Not in bfloat16, in which 1 - 0.1 is 0.898.
+    scaled = (x.astype(jnp.float32) / (1.0 - rate)).astype(x.dtype)
+    return jnp.where(keep, scaled, jnp.zeros((), x.dtype))
 
 
 class Mlp(nnx.Module):
@@ -71,10 +128,8 @@ class Mlp(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.activation = activation
-        self.up = nnx.Linear(width, mlp_width, kernel_init=normal(up_std), dtype=dtype, rngs=rngs)
-        self.down = nnx.Linear(
-            mlp_width, width, kernel_init=normal(down_std), dtype=dtype, rngs=rngs
-        )
+        self.up = Linear(width, mlp_width, kernel_init=normal(up_std), dtype=dtype, rngs=rngs)
+        self.down = Linear(mlp_width, width, kernel_init=normal(down_std), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         return self.down(self.activation(self.up(x)))

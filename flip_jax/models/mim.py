@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flip_jax.config import ModelConfig
-from flip_jax.models.layers import layer_norm, normal, scan_blocks, stack_blocks
+from flip_jax.models.layers import LayerNorm, normal, scan_blocks, stack_blocks
 from flip_jax.models.vit import EPSILON, VisionBlock
 
 Array = jax.Array
@@ -35,7 +35,7 @@ class MimDecoder(nnx.Module):
         self.remat = remat
         self.mask_token = nnx.Param(normal(0.02)(rngs.params(), (width,)))
         self.blocks = stack_blocks(lambda r: VisionBlock(own, dtype, r), cfg.mim_depth, rngs)
-        self.norm = layer_norm(width, EPSILON, dtype, rngs)
+        self.norm = LayerNorm(width, EPSILON, dtype, rngs)
         out = cfg.mim_vocab or 3 * own.patch_size**2
         self.out = nnx.Linear(width, out, kernel_init=normal(0.02), rngs=rngs)
         if cfg.mim_loss_head:

@@ -15,8 +15,8 @@ from flax import nnx
 from flip_jax.config import VisionConfig
 from flip_jax.models.attention import Attention
 from flip_jax.models.layers import (
+    LayerNorm,
     Mlp,
-    layer_norm,
     normal,
     quick_gelu,
     scan_blocks,
@@ -48,7 +48,7 @@ class VisionBlock(nnx.Module):
         # CLIP's initial widths: the residual branches shrink with depth.
         branch_std = cfg.width**-0.5 * (2 * cfg.depth) ** -0.5
         self.flash = cfg.attention == "flash"
-        self.ln_attn = layer_norm(cfg.width, EPSILON, dtype, rngs)
+        self.ln_attn = LayerNorm(cfg.width, EPSILON, dtype, rngs)
         self.attn = Attention(
             cfg.width,
             cfg.heads,
@@ -57,7 +57,7 @@ class VisionBlock(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.ln_mlp = layer_norm(cfg.width, EPSILON, dtype, rngs)
+        self.ln_mlp = LayerNorm(cfg.width, EPSILON, dtype, rngs)
         self.mlp = Mlp(
             cfg.width,
             cfg.mlp_width,
@@ -94,9 +94,9 @@ class VisionTransformer(nnx.Module):
         )
         self.class_embed = nnx.Param(normal(cfg.width**-0.5)(rngs.params(), (cfg.width,)))
         self.position_embed = nnx.Param(normal(0.02)(rngs.params(), (cfg.patches + 1, cfg.width)))
-        self.pre_norm = layer_norm(cfg.width, EPSILON, dtype, rngs)
+        self.pre_norm = LayerNorm(cfg.width, EPSILON, dtype, rngs)
         self.blocks = stack_blocks(lambda r: VisionBlock(cfg, dtype, r), cfg.depth, rngs)
-        self.post_norm = layer_norm(cfg.width, EPSILON, dtype, rngs)
+        self.post_norm = LayerNorm(cfg.width, EPSILON, dtype, rngs)
 
     def patches(self, image: Array) -> Array:
         """[B, H, W, 3] -> [B, patches, P*P*3]: patches row-major, inside a patch (y, x, rgb)."""
@@ -142,18 +142,21 @@ class VisionTransformer(nnx.Module):
           tokens [B, 1 + patches, D], before `post_norm`.
         """
         x = self.patch_embed(self.patches(image).astype(self.dtype))
-        x = jnp.where(hidden[..., None], mask_token.astype(x.dtype), x)
+        x = jnp.where(hidden[..., None], mask_token, x)
         return self._encode(x, None)[0]
 
     def _encode(
         self, x: Array, key: Array | None, *, collect: bool = False, first_only: bool = False
     ) -> tuple[Array, Array | None]:
-        """Embedded patches -> what comes out of the last block, and of every block."""
-        position = self.position_embed[...].astype(x.dtype)
+        """Embedded patches -> what comes out of the last block, and of every block.
+
+        Float32 up to `pre_norm`, as what is added here to all rows has a sum over them as gradient.
+        """
+        position = self.position_embed[...]
         x = x + position[1:]
         if key is not None and self.keep_patches is not None:
             x = keep_random_patches(x, self.keep_patches, key)
-        first = self.class_embed[...].astype(x.dtype) + position[0]
+        first = self.class_embed[...] + position[0]
         x = jnp.concatenate([jnp.broadcast_to(first, (len(x), 1, x.shape[-1])), x], axis=1)
         return scan_blocks(
             self.blocks,

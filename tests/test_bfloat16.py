@@ -1,0 +1,149 @@
+"""Training in bfloat16: gradients that are sums over many rows, norms, dropout, evaluation."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_retrieval import ArrayGallery
+
+from flip_jax import partition
+from flip_jax.config import (
+    Config,
+    EvalConfig,
+    MeshConfig,
+    ModelConfig,
+    TextConfig,
+    VisionConfig,
+)
+from flip_jax.downstream.retrieval import RetrievalEvaluator
+from flip_jax.losses.itm import itm_logits
+from flip_jax.models import flip
+from flip_jax.models.layers import LayerNorm, add_bias, dropout, take_rows
+
+ROWS = 512
+TOWER = {"width": 32, "depth": 2, "heads": 2, "mlp_width": 64}
+MODEL = ModelConfig(
+    vision=VisionConfig(image_size=32, patch_size=8, **TOWER),
+    text=TextConfig(vocab_size=60, positions=12, **TOWER, dropout=0.0),
+    embed_dim=16,
+)
+
+
+def relative(found, wanted) -> float:
+    found, wanted = (np.asarray(x, np.float64) for x in (found, wanted))
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+def gradients(loss, params):
+    """name -> gradient of the loss(model, params) in bfloat16 and in float32."""
+    found = {}
+    for dtype in ("bfloat16", "float32"):
+        graphdef = flip.build(dataclasses.replace(MODEL, dtype=dtype))
+        grads = jax.jit(jax.grad(lambda p, g=graphdef: loss(nnx.merge(g, p))))(params)
+        for path, leaf in jax.tree.leaves_with_path(grads):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            found.setdefault(name, {})[dtype] = leaf
+    return found
+
+
+@pytest.fixture(scope="module")
+def params():
+    made = flip.init_params(MODEL, 0.07, jax.random.key(0))
+    noise = jax.random.key(1)  # no trivial norm or bias
+    return jax.tree.map(lambda p: p + 0.02 * jax.random.normal(noise, p.shape), made)
+
+
+def test_gradients_of_biases_do_not_get_worse_with_the_rows(params):
+    """No gradient of the towers is further from float32's than bfloat16 products make it."""
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(ROWS, 32, 32, 3)).astype(np.float32)
+    ids = rng.integers(1, 60, (ROWS, 12)).astype(np.int32)
+    mask = np.arange(12) < rng.integers(2, 13, (ROWS, 1))
+    aim = rng.normal(size=(2, MODEL.embed_dim)).astype(np.float32)
+
+    def loss(model):
+        embeds = model.encode_image(image)[1], model.embed_text(ids, mask)
+        return sum(jnp.mean(jnp.exp(embed @ one)) for embed, one in zip(embeds, aim, strict=True))
+
+    errors = {}
+    for name, grads in gradients(loss, params).items():
+        # A bias of keys moves all logits of a query alike: it has no gradient but rounding.
+        if np.any(grads["float32"]) and not name.endswith("key/bias"):
+            errors[name] = relative(grads["bfloat16"], grads["float32"])
+    assert sum(name.endswith("bias") for name in errors) > 15
+    assert max(errors.values()) < 0.01, sorted(errors.items(), key=lambda item: -item[1])[:8]
+
+
+def test_sums_are_of_float32():
+    """A sum of bfloat16 ones stops at 256."""
+    ones = jnp.ones((1024, 3), jnp.bfloat16)
+    _, back = jax.vjp(add_bias, ones, jnp.zeros(3))
+    np.testing.assert_array_equal(back(ones)[1], [1024] * 3)
+    index = jnp.zeros(1024, jnp.int32).at[:4].set(2)
+    taken, back = jax.vjp(partial(take_rows, index=index), ones[:5] * jnp.arange(5)[:, None])
+    np.testing.assert_array_equal(taken[:6, 0], [2, 2, 2, 2, 0, 0])
+    np.testing.assert_array_equal(back(taken + 1)[0][:, 0], [1020, 0, 12, 0, 0])
+
+
+def test_an_image_that_is_the_negative_of_all(params):
+    """Its tokens get the sum of all gradients, in one pass and in parts."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1, 60, (ROWS, 6)).astype(np.int32)
+    tokens = rng.normal(size=(ROWS, 4, MODEL.vision.width)).astype(np.float32)
+    negatives = {"image": np.zeros(ROWS, np.int32), "text": (np.arange(ROWS) + 1) % ROWS}
+
+    def gradient(dtype: str, parts: int) -> np.ndarray:
+        graphdef = flip.build(dataclasses.replace(MODEL, dtype=dtype))
+
+        def loss(tokens):
+            match = nnx.merge(graphdef, params).match
+            texts = ids, np.ones(ids.shape, bool)
+            logits = itm_logits(match, *texts, tokens.astype(dtype), negatives, None, parts=parts)
+            return jnp.mean(logits[:, 1, 1])
+
+        return jax.jit(jax.grad(loss))(tokens)[0]
+
+    wanted = gradient("float32", 1)
+    assert relative(gradient("bfloat16", 1), wanted) < 0.03
+    assert relative(gradient("bfloat16", 2), wanted) < 0.03
+
+
+def test_dropout_keeps_the_mean():
+    x = jnp.linspace(1, 2, 4000).astype(jnp.bfloat16)
+    found, exact = dropout(x, 0.1, jax.random.key(0)), x.astype(jnp.float32) / 0.9
+    kept = found != 0
+    assert 0.88 < jnp.mean(kept) < 0.92
+    np.testing.assert_array_equal(found[kept], exact.astype(jnp.bfloat16)[kept])
+
+
+def test_norms_are_float32_inside():
+    norm = LayerNorm(64, 1e-5, jnp.bfloat16, nnx.Rngs(0))
+    scale = 1 + np.linspace(
+        -0.003, 0.003, 64, dtype=np.float32
+    )  # bfloat16 has 1 and its neighbours
+    norm.scale[...] = norm.bias[...] = scale
+    x = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
+    exact = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
+    found = norm(x)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found, (exact * scale + scale).astype(jnp.bfloat16))
+
+
+def test_evaluation_is_in_float32(params):
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(8, 32, 32, 3)).astype(np.float32)
+    ids = rng.integers(1, 60, (8, 6)).astype(np.int32)
+    gallery = ArrayGallery(image, ids, np.ones((8, 6), bool), np.arange(8))
+    mesh = partition.make_mesh(MeshConfig(), jax.devices()[:1])
+    found = {}
+    for dtype in ("bfloat16", "float32"):
+        cfg = Config(
+            model=dataclasses.replace(MODEL, dtype=dtype), eval=EvalConfig(batch_size=4, rerank=0)
+        )
+        found[dtype] = RetrievalEvaluator(cfg, gallery, mesh)._embed(params)[:2]
+    for half, full in zip(*found.values(), strict=True):
+        np.testing.assert_array_equal(half, full)
