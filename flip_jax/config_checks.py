@@ -69,6 +69,8 @@ def _validate_model(model: ModelConfig) -> None:
         f"must be 3..{text.positions}, the number of text positions",
     )
     _require(0 <= text.dropout < 1, "model.text.dropout", text.dropout, "must be in [0, 1)")
+    _require(text.init_std >= 0, "model.text.init_std", text.init_std, "must be at least 0")
+    _require(text.vocab_size >= 1, "model.text.vocab_size", text.vocab_size, "must be at least 1")
 
 
 def _validate_training(cfg: Config) -> None:
@@ -76,7 +78,11 @@ def _validate_training(cfg: Config) -> None:
     _at_least(cfg, 1, "log_every_steps", "checkpoint.every_steps", "checkpoint.keep_last")
     _at_least(cfg, 1, "checkpoint.keep_every_steps")
     _at_least(cfg, 0, "optim.warmup_steps", "optim.weight_decay")
-    _at_least(cfg, 0, "eval.every_epochs", "eval.rerank", "checkpoint.keep_best", "seed")
+    _at_least(cfg, 0, "optim.min_lr", "optim.warmup_lr")
+    _at_least(cfg, 0, "eval.every_epochs", "eval.rerank", "checkpoint.keep_best")
+    _require(0 <= cfg.seed < 2**32, "seed", cfg.seed, f"must be in 0..{2**32 - 1}")
+    decay = cfg.optim.decay_rate
+    _require(0 < decay <= 1, "optim.decay_rate", decay, "must be above 0 and at most 1")
     _at_least(cfg, 1, "eval.max_images")
     for name in ("optim.lr", "optim.eps", "optim.clip_norm", "checkpoint.every_minutes"):
         value = operator.attrgetter(name)(cfg)
@@ -111,6 +117,9 @@ def _validate_data(cfg: Config) -> None:
     _at_least(cfg, 1, "data.prefetch", "optim.accum_steps")
     _at_least(cfg, 0, "data.threads", "data.workers")
     _at_least(cfg, 0, "data.randaugment_ops", "data.max_bad_fraction")
+    _at_least(cfg, 0, "data.drawn.train_identities", "data.drawn.test_identities")
+    level = data.randaugment_level
+    _require(0 <= level <= 10, "data.randaugment_level", level, "must be in 0..10")
     _require(data.path != "", "data.path", "", "must be a folder of records, or None")
     for name in ("init.checkpoint", "init.vision", "init.text", "loss.mim_tokenizer"):
         _require(operator.attrgetter(name)(cfg) != "", name, "", "must be a folder, or None")

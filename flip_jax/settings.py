@@ -137,7 +137,7 @@ def _parse(text: str, hint: Any, where: str) -> Any:
         return text
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # as its docs say
         value = {"true": True, "false": False}.get(text.lower(), text)
     if not _allowed(value, hint):
         raise ValueError(f"{where}={text}: must be {_type_name(hint)}")
@@ -157,6 +157,8 @@ def load(path: str | Path, kind: type) -> Any:
     if not path.is_file():
         beside = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
         raise ValueError(f"--config={path}: no such file (there are: {', '.join(beside) or '-'})")
+    if path.suffix != ".py":
+        raise ValueError(f"--config={path}: must be a .py file with get_config(), as in configs/")
     spec = importlib.util.spec_from_file_location(f"flip_jax_config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     try:

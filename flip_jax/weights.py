@@ -102,7 +102,6 @@ def write_export(folder: Path, weights: Weights, tokenizer: Tokenizer) -> None:
     Raises:
       ImportError: safetensors is not installed.
     """
-    save_file = _safetensors().save_file
     folder.mkdir(parents=True)
     described = {
         "format": FORMAT,
@@ -113,12 +112,24 @@ def write_export(folder: Path, weights: Weights, tokenizer: Tokenizer) -> None:
         # As stored, without what a later release added: the same model keeps its digest.
         "config": weights.meta["config"],
     }
-    # Stored in C order, whatever the order in memory.
-    leaves = named_leaves(weights.params).items()
-    arrays = {name: np.require(leaf, requirements="C") for name, leaf in leaves}
-    save_file(arrays, folder / "model.safetensors", metadata={"format": FORMAT})
+    write_tensors(folder / "model.safetensors", named_leaves(weights.params), FORMAT)
     tokenizer.save_vocab(folder / VOCAB_FILE)
     (folder / "config.json").write_text(json.dumps(described, indent=2), encoding="utf-8")
+
+
+def write_tensors(file: Path, tensors: Mapping[str, np.ndarray], form: str) -> None:
+    """Writes a safetensors file whose metadata say `form`.
+
+    Raises:
+      ImportError: safetensors is not installed.
+    """
+    save_file = _safetensors().save_file
+    file.touch()
+    mode = file.stat().st_mode  # of any new file; safetensors keeps its own from all but the owner
+    # Stored in C order, whatever the order in memory.
+    arrays = {name: np.require(leaf, requirements="C") for name, leaf in tensors.items()}
+    save_file(arrays, file, metadata={"format": form})
+    file.chmod(mode)
 
 
 def _read_export(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -61,6 +61,8 @@ def test_override(path, text, value):
         ("optim", "1", ["group of fields", "config.optim.lr"]),
         ("seed.x", "1", ["single value"]),
         ("optim.lr", "nan", ["config.optim.lr=nan"]),
+        ("optim.lr", "{[]}", ["config.optim.lr={[]}: must be float"]),
+        ("optim.lr", "-" * 20_000 + "1", ["must be float"]),
     ],
 )
 def test_bad_override(path, text, words):
@@ -98,7 +100,16 @@ def test_bad_override(path, text, words):
         ("optim.eps", 0.0, ["above 0"]),
         ("optim.beta1", 1.0, ["[0, 1)"]),
         ("optim.beta2", -0.1, ["[0, 1)"]),
-        ("seed", -1, ["at least 0"]),
+        ("seed", -1, ["0..4294967295"]),
+        ("seed", 2**32, ["0..4294967295"]),
+        ("optim.min_lr", -1e-6, ["at least 0"]),
+        ("optim.warmup_lr", -1.0, ["at least 0"]),
+        ("optim.decay_rate", 0.0, ["above 0 and at most 1"]),
+        ("optim.decay_rate", 1.1, ["above 0 and at most 1"]),
+        ("model.text.init_std", -1.0, ["at least 0"]),
+        ("model.text.vocab_size", -5, ["at least 1"]),
+        ("data.randaugment_level", 11, ["0..10"]),
+        ("data.drawn.test_identities", -1, ["at least 0"]),
         ("eval.max_images", 0, ["at least 1"]),
         ("model.vision.image_size", 0, ["multiple of model.vision.patch_size=16"]),
     ],
@@ -129,6 +140,9 @@ def test_wrong_type_inside_a_config_file():
 def test_missing_and_wrong_config_files(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         config.load(tmp_path / "absent.py")
+    (tmp_path / "run.yaml").write_text("lr: 1\n")
+    with pytest.raises(ValueError, match=r"run\.yaml: must be a \.py file with get_config"):
+        config.load(tmp_path / "run.yaml")
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(ValueError, match="get_config"):
         config.load(tmp_path / "empty.py")

@@ -85,6 +85,14 @@ def test_all_that_is_written_is_of_one_step(tmp_path, monkeypatch, kind):
     jax.tree.map(np.testing.assert_array_equal, found["params"], params)
 
 
+@pytest.mark.parametrize("kind", ["hf", "safetensors"])
+def test_all_files_may_be_read_by_those_who_may_read_new_ones(ours, tmp_path, kind):
+    export_weights(kind, ours, tmp_path / "out")
+    (tmp_path / "new").touch()
+    modes = {file.stat().st_mode for file in (tmp_path / "out").rglob("*.*") if file.is_file()}
+    assert modes == {(tmp_path / "new").stat().st_mode}
+
+
 def test_a_step_without_meta_is_damaged(ours, tmp_path):
     shutil.copytree(ours, tmp_path / "checkpoints" / "7")
     (tmp_path / "checkpoints" / "7" / "meta" / "metadata").unlink()

@@ -299,6 +299,16 @@ def test_broken_files(content, match, tmp_path, capsys):
     assert match in error and "a.pth" in error and "more than tensors" not in error
 
 
+def test_a_part_of_a_file(tmp_path, capsys):
+    """torch seeks beyond its end, an OSError without a name."""
+    torch.save({"model": tiny_weights.official_state()}, tmp_path / "whole.pth")
+    data = (tmp_path / "whole.pth").read_bytes()
+    for size in (5_000, 20_000, len(data) // 2, len(data) - 10):
+        (tmp_path / "a.pth").write_bytes(data[:size])
+        assert main(["--from", "flip", str(tmp_path / "a.pth"), str(tmp_path / "ours")]) == 1
+        assert "a.pth is no PyTorch file or is damaged" in capsys.readouterr().err
+
+
 def test_broken_safetensors(clip, tmp_path):
     whole = (clip[1] / "model.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])

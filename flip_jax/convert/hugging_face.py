@@ -22,15 +22,13 @@ from flip_jax.convert import torch_flip, torch_models
 from flip_jax.convert.check import Inputs, Outputs
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.models.vit import PIXEL_MEAN, PIXEL_STD
-from flip_jax.weights import Weights
+from flip_jax.weights import Weights, write_tensors
 
 _HEADS = ("vision_proj.", "text_proj.", "itm_head.", "temp")
 
 
 def write_hugging_face(folder: Path, weights: Weights, tokenizer: Tokenizer) -> None:
     """Writes the folder; it must not be there."""
-    from safetensors.numpy import save_file
-
     model = weights.cfg.model
     state = torch_flip.params_to_official(weights.params, model)
     towers = {
@@ -54,9 +52,9 @@ def write_hugging_face(folder: Path, weights: Weights, tokenizer: Tokenizer) -> 
     for name, (config, tensors) in towers.items():
         (folder / name).mkdir(parents=True)
         config.save_pretrained(folder / name)
-        save_file(tensors, folder / name / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(folder / name / "model.safetensors", tensors, "pt")
     heads = {name: value for name, value in state.items() if name.startswith(_HEADS)}
-    save_file(heads, folder / "heads.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "heads.safetensors", heads, "pt")
     tokenizer.save_vocab(folder / "text" / "vocab.txt")
     _write_json(folder / "text" / "tokenizer_config.json", _tokenizer_config(tokenizer))
     _write_json(folder / "vision" / "preprocessor_config.json", _processor_config(model))

@@ -23,6 +23,7 @@ _SAVE_ADVICE = (
 _UNREADABLE = (
     pickle.UnpicklingError,
     RuntimeError,
+    OSError,  # seeking beyond the end
     EOFError,
     LookupError,
     AttributeError,
@@ -129,6 +130,8 @@ def _load_pickle(file: Path) -> Any:
             if "mmap" not in str(error):  # files older than torch 1.6 cannot be mapped
                 raise
             return torch.load(file, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, PermissionError):
+        raise
     except _UNREADABLE as error:
         raise ConversionError(_why_unreadable(file, str(error))) from error
 

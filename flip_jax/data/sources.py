@@ -338,9 +338,10 @@ def write_drawn(
       OSError: the folder or the disk refuses.
     """
     out_dir = Path(out_dir)
-    for name in ("train_identities", "pictures", "captions"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"data.drawn.{name}={getattr(cfg, name)} must be 1 or more")
+    for name in ("train_identities", "test_identities", "pictures", "captions"):
+        least = 0 if name == "test_identities" else 1
+        if getattr(cfg, name) < least:
+            raise ValueError(f"data.drawn.{name}={getattr(cfg, name)} must be {least} or more")
     source = f"drawn faces; {_describe(cfg)}"
     if (out_dir / MANIFEST).is_file() and not overwrite:
         found = load_manifest(out_dir).source
