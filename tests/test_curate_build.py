@@ -312,6 +312,17 @@ def test_who_opted_out_is_left_out(photos, built, tmp_path):
     assert not ids & {row["id"] for row in rows}
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_bad_opt_out_list_stops_the_build_before_it_starts(photos, tmp_path, workers):
+    (tmp_path / "domains").write_text("https://host1.test/\n")
+    lists, beam = OptOutConfig(domains=f"{tmp_path}/domains"), BeamConfig(workers=workers)
+    with pytest.raises(
+        ValueError, match=r"^config.opt_out.domains: .*, line 1, .*a bare host name"
+    ):
+        build(config(photos, tmp_path / "data", opt_out=lists, beam=beam))
+    assert [path.name for path in tmp_path.iterdir()] == ["domains"]
+
+
 def test_a_repeated_id_is_kept_once(photos, tmp_path):
     cfg = config(photos, tmp_path / "data")
     table = pq.read_table(photos / "faces.parquet").slice(0, 20)

@@ -354,22 +354,6 @@ def test_opted_out_sites_are_not_asked(server, tmp_path):
     assert [path for _, path, _ in server.requests] == ["/moved"]
 
 
-def test_what_a_list_of_urls_means(tmp_path):
-    (tmp_path / "urls").write_text("http://A.test/x?y=Z#top\nhttps://b.test:443/ # b\n")
-    (tmp_path / "domains").write_text("c.test\n")
-    opt_out = OptOut(OptOutConfig(urls=f"{tmp_path}/urls", domains=f"{tmp_path}/domains"))
-    opt_out.load()
-    out = [
-        "https://a.test:443/x?y=Z",
-        "HTTP://a.test/x?y=Z#end",
-        "http://b.test/",
-        "http://d.c.test.",
-    ]
-    assert [opt_out.url_reason(url) for url in out] == ["url"] * 3 + ["domain c.test"]
-    within = ["http://a.test/x?y=z", "http://a.test:8080/x?y=Z", "http://[::1/c.test", "c.test"]
-    assert [opt_out.url_reason(url) for url in within] == [None] * 4
-
-
 def test_a_chunk_is_fetched_once(server, tmp_path):
     work = Work(str(tmp_path / "work"))
     urls = {3: f"{server.url}/ok.jpg", 5: f"{server.url}/gone", 6: f"{server.url}/moved"}

@@ -136,10 +136,10 @@ class FetchConfig:
 
 @dataclass(frozen=True)
 class OptOutConfig:
-    """Who does not want to be in: text files, one entry per line, # starts a comment."""
+    """Who does not want to be in: UTF-8 text files, one entry per line, # starts a comment."""
 
-    urls: str | None = None
-    domains: str | None = None  # subdomains included
+    urls: str | None = None  # whole, with http:// or https://, which stand for each other
+    domains: str | None = None  # bare host names, subdomains included
     hashes: str | None = None  # SHA-256 of a picture file or of a crop's pixels, hexadecimal
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
+
+from yarl import URL
 
 from flip_jax.curate.config import OptOutConfig
 from flip_jax.curate.stages import Sample, Stage, Tally, fingerprint
@@ -28,24 +31,14 @@ class OptOut:
 
         Raises:
           OSError: a list cannot be read.
-          ValueError: a line of the list of hashes that is none.
+          ValueError: a list that is not UTF-8, or a line that would leave nothing out.
         """
-        if self._lists:
-            return
-        urls = {_plain_url(line) for line in _lines(self.cfg.urls)}
-        domains = {line.lower().removeprefix("*.").strip(".") for line in _lines(self.cfg.domains)}
-        hashes = {line.lower() for line in _lines(self.cfg.hashes)}
-        for line in hashes:
-            if len(line) != 64 or set(line) - set("0123456789abcdef"):
-                raise ValueError(
-                    f"config.opt_out.hashes: {self.cfg.hashes} holds {line!r}; a line must be a "
-                    "SHA-256 of 64 hexadecimal digits"
-                )
-        self._lists = {"urls": urls, "domains": domains, "hashes": hashes}
+        if not self._lists:
+            self._lists = {name: _entries(name, getattr(self.cfg, name)) for name in _KINDS}
 
     def url_reason(self, url: str) -> str | None:
         """Why a url is out, `url` or `domain ...`; None if it is not."""
-        if _plain_url(url) in self._lists["urls"]:
+        if self._lists["urls"] and _plain_url(url) in self._lists["urls"]:
             return "url"
         domains = self._lists["domains"]
         labels = _host(url).split(".") if domains else []
@@ -63,8 +56,9 @@ class OptOut:
         return digest.hex() in self._lists["hashes"]
 
     def fingerprint(self) -> str:
-        files = (self.cfg.urls, self.cfg.domains, self.cfg.hashes)
-        return fingerprint([file and digest(read_bytes(file)) for file in files])
+        self.load()
+        texts = ["\n".join(sorted(self._lists[name])) for name in _KINDS]
+        return fingerprint([digest(text.encode()) if text else None for text in texts])
 
     def __getstate__(self) -> dict:
         return {"cfg": self.cfg, "_lists": {}}
@@ -104,25 +98,72 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _lines(file: str | None) -> list[str]:
+def _entries(name: str, file: str | None) -> set[str]:
+    """Reads one list."""
     if file is None:
-        return []
-    lines = (line.partition("#")[0].strip() for line in read_bytes(file).decode().splitlines())
-    return [line for line in lines if line]
+        return set()
+    entry_of, wanted = _KINDS[name]
+    try:
+        text = read_bytes(file).decode("utf-8-sig")  # Windows puts a mark before the first line
+    except UnicodeDecodeError as error:
+        raise ValueError(f"config.opt_out.{name}: {file} is not UTF-8; save it as UTF-8") from error
+    found = set()
+    for number, line in enumerate(text.splitlines(), 1):
+        if line := line.partition("#")[0].strip():
+            entry = entry_of(line)
+            if entry is None:
+                raise ValueError(
+                    f"config.opt_out.{name}: {file}, line {number}, holds {line!r}; a line must be "
+                    f"{wanted}"
+                )
+            found.add(entry)
+    return found
+
+
+def _plain_url(text: str) -> str | None:
+    """A url as it is asked for, without what does not matter: whether it is http or https, its
+    usual port, and the fragment, which is not sent. None where it is no such url."""
+    try:
+        url = URL(text.strip())
+        port = "" if url.is_default_port() else f":{url.port}"
+    except ValueError:
+        return None
+    if url.scheme not in ("http", "https") or not url.raw_host:
+        return None
+    return url.raw_host.rstrip(".") + port + url.raw_path_qs
+
+
+def _domain(line: str) -> str | None:
+    name = _ascii(line.removeprefix("*.").strip(".")) or ""
+    return name if _HOST_NAME.fullmatch(name) else None
+
+
+def _hash(line: str) -> str | None:
+    return line.lower() if _SHA256.fullmatch(line) else None
 
 
 def _host(url: str) -> str:
     """Without the dot that may be at its end; empty where the url has none."""
     try:
-        return (urlsplit(url).hostname or "").strip(".")
+        host = urlsplit(url).hostname or ""
     except ValueError:  # such as half of an IPv6 address
         return ""
+    return (_ascii(host) or host).strip(".")
 
 
-def _plain_url(url: str) -> str:
-    """A url without what does not matter: whether it is http or https, the case of the host, its
-    usual port, and the fragment, which is not sent."""
-    scheme, _, rest = url.strip().partition("#")[0].partition("://")
-    host, slash, path = rest.partition("/")
-    port = {"http": ":80", "https": ":443"}.get(scheme.lower(), "")
-    return host.lower().removesuffix(port) + slash + path
+def _ascii(host: str) -> str | None:
+    """A host name as it is looked up, `xn--...` for letters beyond a to z; None if it is none."""
+    try:
+        return URL.build(scheme="http", host=host).raw_host
+    except ValueError:
+        return None
+
+
+_HOST_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
+# For each list what a line becomes, None = it would leave nothing out, and what it must be.
+_KINDS = {
+    "urls": (_plain_url, "a whole url such as https://example.com/a.jpg"),
+    "domains": (_domain, "a bare host name such as example.com"),
+    "hashes": (_hash, "a SHA-256 of 64 hexadecimal digits"),
+}

@@ -78,12 +78,17 @@ def build(cfg: CurateConfig) -> dict[str, int]:
 
 
 def make_stages(cfg: CurateConfig, work: Work) -> list[Stage]:
-    """The stages between the input and the parts, in order."""
+    """The stages between the input and the parts, in order.
+
+    Raises:
+      ValueError, OSError: a list of `opt_out` that cannot be used.
+    """
     # Here: each brings its own libraries.
     from flip_jax.curate.attributes import AttributeStage
     from flip_jax.curate.faces import FaceStage
 
     opt_out = OptOut(cfg.opt_out)
+    opt_out.load()  # a bad list must stop the build before anything is fetched
     stages = [
         OptOutStage(cfg.opt_out, opt_out),
         ReadStage(cfg.input, opt_out),
