@@ -72,7 +72,7 @@ from flip_jax.curate.storage import Work
 from flip_jax.data.attributes import ATTRIBUTES
 from flip_jax.data.captions import captions
 from flip_jax.data.drawn_faces import draw_face
-from flip_jax.data.sources import read_table
+from flip_jax.data.tables import read_table
 from flip_jax.data.transforms import decode_image, encode_jpeg
 
 SCENE, FACE = 615, 285  # pixels

@@ -38,6 +38,12 @@ def test_a_config_survives_json():
     ("field", "value", "message"),
     [
         ("input.paths", "", "input.paths is not set"),
+        (
+            "input.paths",
+            "it's.csv",
+            r'^config.input.paths="it\'s.csv": No closing quotation; .*quotes',
+        ),
+        ("beam.options", "--foo 'x", r"^config.beam.options=.*: No closing quotation"),
         ("input.chunk_rows", "0", "input.chunk_rows=0: must be at least 1"),
         ("input.kind", "zip", "input.kind=zip: must be one of"),
         ("input.url_column", "none", "needs file_column .*, image_column or url_column"),

@@ -388,3 +388,61 @@ def test_input_that_is_not_there(tmp_path, fields, message):
     fields["paths"] = fields["paths"].format(tmp_path)
     with pytest.raises(ValueError, match=message):
         input_files(InputConfig(**fields))
+
+
+@pytest.mark.parametrize("data", [b"", b"PAR1 no", "half"])
+def test_a_damaged_table_is_named(tmp_path, data):
+    path = tmp_path / "cut.parquet"
+    if data == "half":
+        pq.write_table(pa.table({"u": ["x"] * 100}), path)
+        data = path.read_bytes()[:-40]
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"^table .*cut.parquet cannot be read: "):
+        input_files(InputConfig(paths=str(path), url_column="u"))
+
+
+def test_a_table_with_a_damaged_page_is_named(read, tmp_path):
+    path = tmp_path / "page.parquet"
+    urls = [f"http://h/{number * 7919}" for number in range(5000)]
+    pq.write_table(pa.table({"u": urls}), path, use_dictionary=False, compression="zstd")
+    data = bytearray(path.read_bytes())
+    data[200:400] = bytes(200)
+    path.write_bytes(data)
+    with pytest.raises((ValueError, OSError), match=r"^table .*page.parquet cannot be read: "):
+        read(paths=str(path), url_column="u")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (["1", "yes"], "column Male: labels must be -1, 0 or 1"),
+        ([0.5, 1.5], "column Male: 1.5 is no probability"),
+        ([1, 2], "column Male: label 2 must be -1, 0 or 1"),
+    ],
+)
+def test_a_table_with_a_bad_label_is_named(read, tmp_path, suffix, values, message):
+    columns, path = {"u": ["http://h/1", "http://h/2"], "Male": values}, tmp_path / f"t.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.table(columns), path)
+    else:
+        rows = zip(columns["u"], values, strict=True)
+        path.write_text("u,Male\n" + "".join(f"{url},{value}\n" for url, value in rows))
+    with pytest.raises(ValueError, match=f"^{path}: {message}"):
+        read(paths=str(path), url_column="u")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_table_that_is_not_utf_8_is_named(read, tmp_path, suffix):
+    path = tmp_path / f"latin.{suffix}"
+    if suffix == "parquet":
+        offsets, latin = np.array([0, 4], np.int32), "café".encode("latin-1")
+        text = pa.Array.from_buffers(
+            pa.string(), 1, [None, pa.py_buffer(offsets), pa.py_buffer(latin)]
+        )
+        pq.write_table(pa.table({"u": ["http://h/1"], "text": text}), path)
+    else:
+        path.write_bytes('{"u": "http://h/1", "text": "café"}\n'.encode("latin-1"))
+    message = r"^table .*latin.* cannot be read: column text is not UTF-8; save the table as UTF-8"
+    with pytest.raises(ValueError, match=message):
+        read(paths=str(path), url_column="u", text_column="text")

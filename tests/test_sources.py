@@ -19,7 +19,7 @@ from flip_jax.data.__main__ import main
 from flip_jax.data.attributes import ATTRIBUTE_INDEX, ATTRIBUTES
 from flip_jax.data.record_writer import RecordWriter
 from flip_jax.data.records import Record, RecordSource, load_manifest
-from flip_jax.data.sources import BuildConfig, attribute_labels, build, write_drawn
+from flip_jax.data.sources import BuildConfig, build, write_drawn
 from flip_jax.data.transforms import decode_image, encode_jpeg
 
 REAL_FACES = Path(__file__).resolve().parent.parent.parent / "shared" / "real_faces"
@@ -247,24 +247,6 @@ def test_a_column_that_is_there_twice(tmp_path, faces):
     twice.write_text("file,text,file\na.jpg,b,c.jpg\n")
     with pytest.raises(ValueError, match=r"twice.csv has columns twice: file"):
         build([(twice, tmp_path / "images")], tmp_path / "out", CONFIG)
-
-
-def test_label_codings():
-    def labels(values: list) -> list[int]:
-        columns = {"Bald": pa.array(values), "unrelated": [9] * len(values)}
-        found = attribute_labels(pa.table(columns))
-        assert found.dtype == np.int8
-        assert (np.delete(found, ATTRIBUTE_INDEX["Bald"], axis=1) == -1).all()
-        return found[:, ATTRIBUTE_INDEX["Bald"]].tolist()
-
-    assert labels([0, 1, None]) == [0, 1, -1]
-    assert labels([0, 1, -1]) == [0, 1, -1]
-    assert labels([-1, 1, None]) == [0, 1, -1]  # CelebA's own files
-    assert labels([True, False, None]) == [1, 0, -1]
-    assert labels(["1", "0", None]) == [1, 0, -1]
-    for strange in ([2, 0], ["yes", "no"], [0.5, 1.0]):
-        with pytest.raises(ValueError, match="column Bald"):
-            labels(strange)
 
 
 @pytest.mark.parametrize(

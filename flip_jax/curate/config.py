@@ -7,6 +7,7 @@ changes a few fields, the command line changes more with `--config.faces.min_sid
 from __future__ import annotations
 
 import operator
+import shlex
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -202,6 +203,8 @@ def validate(cfg: CurateConfig) -> CurateConfig:
     """
     check_types(cfg, "config")
     _check_input(cfg)
+    for name in ("input.paths", "beam.options"):
+        _check_quotes(cfg, name)
     for name in _AT_LEAST_1:
         _check(cfg, name, lambda value: value is None or value >= 1, "must be at least 1")
     for name in _AT_LEAST_0:
@@ -275,6 +278,17 @@ def _check(cfg: CurateConfig, name: str, ok: Any, allowed: str) -> None:
     value = operator.attrgetter(name)(cfg)
     if not ok(value):
         raise ValueError(f"config.{name}={value!r}: {allowed}")
+
+
+def _check_quotes(cfg: CurateConfig, name: str) -> None:
+    value = operator.attrgetter(name)(cfg)
+    try:
+        shlex.split(value)
+    except ValueError as error:
+        raise ValueError(
+            f"config.{name}={value!r}: {error}; it is read as in a shell, so put a name with a "
+            "quote, a backslash or a space in it between quotes"
+        ) from error
 
 
 def _check_input(cfg: CurateConfig) -> None:

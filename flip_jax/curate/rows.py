@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
@@ -17,7 +18,7 @@ import pyarrow.compute as pc
 from flip_jax.curate.config import InputConfig
 from flip_jax.curate.storage import open_table
 from flip_jax.data.attributes import ATTRIBUTE_INDEX, ATTRIBUTES
-from flip_jax.data.sources import attribute_labels, cell_text, read_table
+from flip_jax.data.tables import attribute_labels, cell_text, check_text, read_table
 
 _NUMBER = re.compile(r"-?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?")
 _TEXTS = ("id", "file", "url", "text", "group", "licence", "source")
@@ -74,14 +75,25 @@ def _rows(
     """Reads a table twice where there are attributes: what their -1 means says the whole of it."""
     check_columns(file, names, cfg)
     wanted, attributes = _wanted(cfg), [name for name in ATTRIBUTES if name in names]
-    coding = _coding(_known(batch) for batch in read(attributes)) if attributes else None
+    with _naming_labels(file):
+        coding = _coding(_known(batch) for batch in read(attributes)) if attributes else None
     for batch in read(list(dict.fromkeys([*wanted, *attributes]))):
-        labels = _labels(_known(batch.select(attributes)), coding) if coding else None
+        check_text(batch)
+        with _naming_labels(file):
+            labels = _labels(_known(batch.select(attributes)), coding) if coding else None
         for index, cells in enumerate(batch.select(wanted).to_pylist()):
             row = row_of(cells, cfg)
             if coding is not None:
                 row[coding[0]] = labels[index].tobytes()
             yield _checked(row, cfg)
+
+
+@contextmanager
+def _naming_labels(file: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def labels_of(cells: dict[str, Any]) -> Row:

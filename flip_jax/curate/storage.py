@@ -19,6 +19,8 @@ import pyarrow.parquet as pq
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
+from flip_jax.data.tables import naming_table
+
 _ROWS_AT_A_TIME = 2**16
 _RAW = {"compression_type": CompressionTypes.UNCOMPRESSED}  # else a name in .gz is unpacked
 
@@ -47,9 +49,14 @@ def open_table(path: str) -> Iterator[pq.ParquetFile]:
 
     Raises:
       OSError: it is not there or cannot be read.
+      ValueError: it is no parquet file, or a damaged one.
     """
-    # With `pre_buffer` all row groups that have been read would be held to the end.
-    with open_file(path) as file, pq.ParquetFile(file, pre_buffer=False) as table:
+    with (
+        open_file(path) as file,
+        naming_table(path),
+        # With `pre_buffer` all row groups that have been read would be held to the end.
+        pq.ParquetFile(file, pre_buffer=False) as table,
+    ):
         yield table
 
 
@@ -110,7 +117,7 @@ class Work:
 
     def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """Reads a parquet file."""
-        with open_file(self.path(name)) as file:
+        with open_file(self.path(name)) as file, naming_table(self.path(name)):
             return pq.read_table(file, columns=columns)
 
     def rows(self, name: str, columns: int) -> Iterator[np.ndarray]:
@@ -128,7 +135,7 @@ class Work:
             self.publish(folder / "rows", name)
 
     def schema(self, name: str) -> pa.Schema:
-        with open_file(self.path(name)) as file:
+        with open_file(self.path(name)) as file, naming_table(self.path(name)):
             return pq.read_schema(file)
 
     def remove(self, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 import textwrap
 import time
@@ -119,6 +120,13 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def _at_least(args: argparse.Namespace, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(args, name)
+        if value < least:
+            raise ValueError(f"--{name.replace('_', '-')}={value}: must be at least {least}")
+
+
 def _given(args: argparse.Namespace, kind: type) -> dict:
     """The arguments that are fields of a config dataclass."""
     names = {field.name for field in dataclasses.fields(kind)}
@@ -191,6 +199,7 @@ def summary(path: Path) -> str:
 
 def _show(args: argparse.Namespace) -> int:
     """Prints what a data set holds and draws a contact sheet."""
+    _at_least(args, 1, "count")
     print(summary(args.path))
     source = RecordSource(args.path, args.split)
     count = min(args.count, len(source))
@@ -225,6 +234,7 @@ def _verify(args: argparse.Namespace) -> int:
     """Checks every checksum and decodes every picture; exit status 1 if any is bad."""
     from flip_jax.data.pipeline import read_record  # costs a second, drawing processes included
 
+    _at_least(args, 1, "threads")
     bad = 0
     for split in load_manifest(args.path).splits:
         source = RecordSource(args.path, split, check=False)
@@ -257,10 +267,10 @@ def _bench(args: argparse.Namespace) -> int:
     from flip_jax.data.tokenizer import Tokenizer
 
     cfg = DataConfig(**_given(args, DataConfig))
-    for name in ("seconds", "batch_size", "image_size"):
-        value = getattr(args, name)
-        if value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')}={value}: must be above 0")
+    _at_least(args, 1, "batch_size", "image_size", "prefetch")
+    _at_least(args, 0, "threads", "workers")
+    if not 0 < args.seconds < math.inf:
+        raise ValueError(f"--seconds={args.seconds}: must be above 0")
     source = RecordSource(args.path, args.split)
     tokenizer = Tokenizer.load(cfg.tokenizer, args.max_length)
     pipeline = TrainPipeline(source, tokenizer, cfg, args.image_size, seed=0)

@@ -16,7 +16,13 @@ from flip_jax.data.jpeg import BadImage, jpeg_size
 from flip_jax.data.readers import READERS
 from flip_jax.data.readers.reader import Reader, grammar_captions
 from flip_jax.data.readers.samples import LandmarkSample, ParsingSample, SketchPair
-from flip_jax.data.record_build import BuildReport, Finished, Rejected, write_records
+from flip_jax.data.record_build import (
+    BuildReport,
+    Finished,
+    Rejected,
+    check_numbers,
+    write_records,
+)
 from flip_jax.data.record_writer import RecordWriter
 from flip_jax.data.records import Record, file_sha256
 from flip_jax.data.transforms import decode_image, prepare_image
@@ -50,12 +56,14 @@ def write_published(
       threads: decode so many pictures at a time; does not change the result.
 
     Raises:
-      ValueError: unknown name, a table that is not as published, or too many rejections.
+      ValueError: unknown name, a number out of range, a table that is not as published, or too many
+        rejections.
       OSError: a table is missing, or a folder cannot be read or written.
       ImportError: the data set needs an extra that is not installed.
     """
     if name not in READERS:
         raise ValueError(f"data set {name!r} is not known; allowed: {', '.join(READERS)}")
+    check_numbers(captions=captions, max_bad_fraction=max_bad_fraction, threads=threads)
     reader = READERS[name]
     options = {"captions": captions} if reader.DRAWS_CAPTIONS else {}
     splits = [reader(root, split, **options) for split in reader.SPLITS]

@@ -65,6 +65,19 @@ class BuildReport:
         return "\n".join(lines)
 
 
+def check_numbers(*, captions: int, max_bad_fraction: float, threads: int) -> None:
+    """Refuses what would stop a build, or let everything pass, once it is running.
+
+    Raises:
+      ValueError: a number out of range.
+    """
+    for name, value, least in (("captions", captions, 0), ("threads", threads, 1)):
+        if value < least:
+            raise ValueError(f"{name}={value}: must be at least {least}")
+    if not 0 <= max_bad_fraction <= 1:
+        raise ValueError(f"max_bad_fraction={max_bad_fraction}: must be from 0 to 1")
+
+
 def write_records(
     writer: RecordWriter,
     report: BuildReport,

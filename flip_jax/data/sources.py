@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
 
 import cv2
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
 from tqdm import tqdm
 
 from flip_jax.config import DrawnConfig
-from flip_jax.data.attributes import ATTRIBUTE_INDEX, ATTRIBUTES, UNKNOWN
+from flip_jax.data.attributes import ATTRIBUTE_INDEX, UNKNOWN
 from flip_jax.data.captions import captions
 from flip_jax.data.drawn_faces import PARSING_CLASSES, draw_face
-from flip_jax.data.record_build import BuildReport, Finished, Rejected, write_records
+from flip_jax.data.record_build import (
+    BuildReport,
+    Finished,
+    Rejected,
+    check_numbers,
+    write_records,
+)
 from flip_jax.data.record_writer import RecordWriter
 from flip_jax.data.records import (
     MANIFEST,
@@ -35,19 +35,9 @@ from flip_jax.data.records import (
     join_strokes,
     load_manifest,
 )
+from flip_jax.data.tables import attribute_labels, cell_text, read_table
 from flip_jax.data.transforms import BadImage, encode_jpeg, prepare_image
 
-# A sentence between quotes may hold the end of a line.
-_CSV = pyarrow.csv.ParseOptions(newlines_in_values=True)
-_READERS = {
-    ".parquet": lambda path, texts: pyarrow.parquet.read_table(path),
-    ".csv": lambda path, texts: pyarrow.csv.read_csv(
-        path,
-        parse_options=_CSV,
-        convert_options=pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string())),
-    ),
-    ".jsonl": lambda path, texts: pyarrow.json.read_json(path),
-}
 _NO_BEARD = ATTRIBUTE_INDEX["No_Beard"]
 # Below this many pictures a second process costs more than it saves.
 _PICTURES_PER_PROCESS = 100
@@ -116,6 +106,7 @@ def build(
     tables = [(Path(table), Path(images)) for table, images in tables]
     source = "; ".join(f"{table.name} sha256 {file_sha256(table)[:16]}" for table, _ in tables)
     report = BuildReport()
+    check_numbers(captions=cfg.captions, max_bad_fraction=cfg.max_bad_fraction, threads=threads)
     _check_tables(tables, cfg)
     with RecordWriter(out_dir, f"{source}; {_describe(cfg)}", overwrite=overwrite) as writer:
         for path, images in tables:
@@ -128,70 +119,6 @@ def build(
 
 def _describe(cfg: BuildConfig | DrawnConfig) -> str:
     return " ".join(f"{name}={value}" for name, value in dataclasses.asdict(cfg).items())
-
-
-def read_table(path: Path, texts: Sequence[str] = ()) -> pa.Table:
-    """Reads a .parquet, .csv or .jsonl file.
-
-    Args:
-      texts: columns of a .csv file that stay as they are written: `007` is not 7.
-
-    Raises:
-      FileNotFoundError: no such file.
-      ValueError: another kind of file, one that cannot be parsed, or a column that is there twice.
-    """
-    reader = _READERS.get(path.suffix)
-    if reader is None:
-        raise ValueError(f"table {path} must be one of {', '.join(_READERS)}")
-    try:
-        table = reader(str(path), texts)
-    except pa.ArrowException as error:
-        raise ValueError(f"table {path} cannot be read: {error}") from error
-    names = table.column_names
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"table {path} has columns twice: {', '.join(twice)}; rename one of each")
-    return table
-
-
-def cell_text(value: Any) -> str:
-    """A cell as text, "" where there is none; numbers that pandas made float are whole again."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value)
-
-
-def attribute_labels(table: pa.Table, zeros: bool | None = None) -> np.ndarray:
-    """Reads the columns that are named like attributes; see `build` for the coding.
-
-    Args:
-      zeros: where `table` is a piece of a larger one, whether there is any 0 in that.
-
-    Returns:
-      int8 [rows, 40]: 1 present, 0 absent, -1 unknown or no such column.
-
-    Raises:
-      ValueError: a value other than -1, 0, 1, true, false and null.
-    """
-    labels = np.full((len(table), len(ATTRIBUTES)), UNKNOWN, np.int8)
-    known = np.zeros(labels.shape, bool)
-    for index, name in enumerate(ATTRIBUTES):
-        if name not in table.column_names:
-            continue
-        column = table[name]
-        try:
-            values = pc.fill_null(pc.cast(column, pa.int64()), UNKNOWN).to_numpy()
-        except pa.ArrowException as error:
-            raise ValueError(f"column {name}: labels must be -1, 0 or 1: {error}") from error
-        strange = values[(values < -1) | (values > 1)]
-        if len(strange):
-            raise ValueError(f"column {name}: label {strange[0]} must be -1, 0 or 1")
-        labels[:, index] = values
-        known[:, index] = pc.is_valid(column).to_numpy()
-    if not (np.any(labels == 0) if zeros is None else zeros):
-        labels[known & (labels == -1)] = 0
-    return labels
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from flip_jax.data.attributes import ATTRIBUTE_INDEX, ATTRIBUTES
-from flip_jax.data.sources import cell_text, read_table
+from flip_jax.data.tables import cell_text, read_table
 from flip_jax.downstream.faces import Faces
 
 
