@@ -164,6 +164,19 @@ def test_what_cannot_be_read(tmp_path, capsys):
         write_published("imagenet", tmp_path, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--threads=0", "threads=0: must be at least 1"),
+        ("--captions=-1", "captions=-1: must be at least 0"),
+        ("--max-bad-fraction=nan", "max_bad_fraction=nan: must be from 0 to 1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_a_file_is_read(tmp_path, capsys, option, message):
+    assert read("celeba", tmp_path / "none", tmp_path / "out", option) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
 def test_the_page_runs(tmp_path, monkeypatch, capsys):
     pytest.importorskip("tensorflow_datasets")
     monkeypatch.chdir(tmp_path)

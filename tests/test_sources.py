@@ -257,12 +257,20 @@ def test_a_column_that_is_there_twice(tmp_path, faces):
         ({"caption_column": "text"}, "no column 'text'"),
         ({"max_side": 0}, "max_side=0: must be at least 1"),
         ({"quality": 300}, "quality=300: must be 1 to 100"),
+        ({"captions": -1}, "captions=-1: must be at least 0"),
+        ({"max_bad_fraction": float("nan")}, "max_bad_fraction=nan: must be from 0 to 1"),
+        ({"max_bad_fraction": 1.5}, "max_bad_fraction=1.5: must be from 0 to 1"),
     ],
 )
 def test_missing_columns_and_impossible_settings(tmp_path, faces, changes, message):
     cfg = dataclasses.replace(CONFIG, **changes)
     with pytest.raises(ValueError, match=message):
         build([(table(tmp_path, faces), tmp_path / "images")], tmp_path / "out", cfg)
+
+
+def test_a_build_needs_a_thread(tmp_path, faces):
+    with pytest.raises(ValueError, match="threads=0: must be at least 1"):
+        build([(table(tmp_path, faces), tmp_path / "images")], tmp_path / "out", CONFIG, threads=0)
 
 
 def test_unusable_tables_and_folders(tmp_path, faces):
@@ -373,6 +381,23 @@ def test_command_line_build(tmp_path, faces, capsys):
     assert "exists and is not empty" in capsys.readouterr().err
     assert main([*arguments, *images, *images]) == 2
     assert "in pairs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "message"),
+    [
+        ("bench", "--workers=-1", "--workers=-1: must be at least 0"),
+        ("bench", "--threads=-1", "--threads=-1: must be at least 0"),
+        ("bench", "--prefetch=0", "--prefetch=0: must be at least 1"),
+        ("bench", "--seconds=nan", "--seconds=nan: must be above 0"),
+        ("verify", "--threads=0", "--threads=0: must be at least 1"),
+        ("show", "--count=-1", "--count=-1: must be at least 1"),
+        ("show", "--count=0", "--count=0: must be at least 1"),
+    ],
+)
+def test_the_command_refuses_numbers_out_of_range(tmp_path, capsys, command, option, message):
+    assert main([command, str(tmp_path / "none"), option]) == 2  # before a file is looked for
+    assert capsys.readouterr() == ("", f"error: {message}\n")
 
 
 def test_verify_finds_bad_records(tmp_path, capsys):
