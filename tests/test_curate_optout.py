@@ -77,6 +77,12 @@ def test_a_line_that_would_leave_nothing_out_is_refused(tmp_path, name, line, wa
         OptOut(OptOutConfig(**{name: f"{tmp_path}/list"})).load()
 
 
+def test_a_list_that_is_not_there(tmp_path):
+    message = f"config.opt_out.urls: {tmp_path}/gone cannot be read"
+    with pytest.raises(OSError, match=re.escape(message)):
+        OptOut(OptOutConfig(urls=f"{tmp_path}/gone")).load()
+
+
 def test_lists_are_utf_8(tmp_path):
     (tmp_path / "list").write_text("münchen.de", "latin-1")
     message = f"config.opt_out.domains: {tmp_path}/list is not UTF-8; save it as UTF-8"

@@ -107,6 +107,10 @@ def _entries(name: str, file: str | None) -> set[str]:
         text = read_bytes(file).decode("utf-8-sig")  # Windows puts a mark before the first line
     except UnicodeDecodeError as error:
         raise ValueError(f"config.opt_out.{name}: {file} is not UTF-8; save it as UTF-8") from error
+    except OSError as error:
+        raise OSError(
+            f"config.opt_out.{name}: {file} cannot be read ({error}); give a text file, or None"
+        ) from error
     found = set()
     for number, line in enumerate(text.splitlines(), 1):
         if line := line.partition("#")[0].strip():

@@ -26,7 +26,7 @@ def normal(std: float) -> Callable[..., Array]:
 
 
 class LayerNorm(nnx.LayerNorm):
-    """LayerNorm over the last axis, in float32; what comes out is `dtype`.
+    """LayerNorm over the last axis of x [..., width], in float32; what comes out is `dtype`.
 
     Exact two-pass variance, since E[x²]-E[x]² cancels.
     """
