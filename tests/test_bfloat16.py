@@ -74,7 +74,8 @@ def test_gradients_of_biases_do_not_get_worse_with_the_rows(params):
         # A bias of keys moves all logits of a query alike: it has no gradient but rounding.
         if np.any(grads["float32"]) and not name.endswith("key/bias"):
             errors[name] = relative(grads["bfloat16"], grads["float32"])
-    assert sum(name.endswith("bias") for name in errors) > 15
+    sums = {n: error for n, error in errors.items() if n.endswith(("bias", "_embed"))}
+    assert len(sums) > 20 and max(sums.values()) < 0.006, sums
     assert max(errors.values()) < 0.01, sorted(errors.items(), key=lambda item: -item[1])[:8]
 
 
