@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from scipy.special import erfc, expit
 from test_retrieval import ArrayGallery
 
 from flip_jax import partition
@@ -22,7 +23,15 @@ from flip_jax.config import (
 from flip_jax.downstream.retrieval import RetrievalEvaluator
 from flip_jax.losses.itm import itm_logits
 from flip_jax.models import flip
-from flip_jax.models.layers import LayerNorm, add_bias, dropout, take_rows
+from flip_jax.models.attention import attend
+from flip_jax.models.layers import (
+    LayerNorm,
+    add_bias,
+    dropout,
+    exact_gelu,
+    quick_gelu,
+    take_rows,
+)
 
 ROWS = 512
 TOWER = {"width": 32, "depth": 2, "heads": 2, "mlp_width": 64}
@@ -119,6 +128,70 @@ def test_dropout_keeps_the_mean():
     kept = found != 0
     assert 0.88 < jnp.mean(kept) < 0.92
     np.testing.assert_array_equal(found[kept], exact.astype(jnp.bfloat16)[kept])
+
+
+def test_dropout_reads_no_zeros_in_a_scan():
+    """What is the same in all rounds a scan makes once, and each round reads it."""
+
+    def loss(x, keys):
+        return jax.lax.scan(lambda x, key: (dropout(x, 0.1, key), None), x, keys)[0].sum()
+
+    x = jnp.ones((3, 5, 8))
+    program = jax.make_jaxpr(jax.grad(loss))(x, jax.random.split(jax.random.key(0), 4))
+    scans = [each for each in program.eqns if each.primitive.name == "scan"]
+    assert len(scans) == 2  # there and back
+    for scan in scans:
+        same = scan.invars[: scan.params["num_consts"]]
+        assert all(value.aval.shape[-3:] != x.shape for value in same)
+
+
+def test_activations_are_float32_inside():
+    x = jnp.linspace(-6, 6, 4001).astype(jnp.bfloat16)
+    exact = np.asarray(x, np.float64)
+    for found, wanted in (
+        (exact_gelu(x), exact * erfc(-exact / np.sqrt(2)) / 2),
+        (quick_gelu(x), exact * expit(1.702 * exact)),
+    ):
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(found, wanted.astype(np.float32).astype(jnp.bfloat16))
+
+
+def test_attention_has_products_of_bfloat16_alone():
+    """In both directions; and its gradients are as far from float32's as its values are."""
+    rng = np.random.default_rng(0)
+    heads = [rng.normal(size=(4, 2, n, 16)).astype(np.float32) for n in (9, 13, 13)]
+    aim = rng.normal(size=(4, 2, 9, 16)).astype(np.float32)
+
+    def gradient(dtype):
+        def loss(*heads):
+            out = attend(*(x.astype(dtype) for x in heads))
+            return jnp.sum(out.astype(jnp.float32) * aim), out
+
+        return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
+
+    program = jax.make_jaxpr(gradient(jnp.bfloat16))(*heads)
+    kinds = {
+        value.aval.dtype
+        for each in _equations(program.jaxpr)
+        if each.primitive.name == "dot_general"
+        for value in each.invars
+    }
+    assert kinds == {jnp.dtype(jnp.bfloat16)}
+    (*found, value), (*wanted, exact) = (
+        (*grads, out) for grads, out in (gradient(t)(*heads) for t in (jnp.bfloat16, jnp.float32))
+    )
+    error = relative(value, exact)
+    assert 0 < error < 2**-7
+    for one, other in zip(found, wanted, strict=True):
+        assert relative(one, other) < 2 * error
+
+
+def _equations(program) -> list:
+    """Of a jaxpr and of all that are inside it."""
+    inner = (
+        p for each in program.eqns for p in jax.tree.leaves(each.params) if hasattr(p, "jaxpr")
+    )
+    return [*program.eqns, *(one for p in inner for one in _equations(p.jaxpr))]
 
 
 def test_norms_are_float32_inside():

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from flip_jax.compile import report, sweep, topology
+from flip_jax.compile import gpus, report, sweep, topology
 from flip_jax.compile.__main__ import BAD_INPUT, DOES_NOT_FIT, FITS, main, parse
 from flip_jax.compile.memory import Memory
 from flip_jax.compile.step import CompiledStep
@@ -29,6 +29,10 @@ DEEPER = ("--config.model.vision.depth=2", "--config.model.text.depth=2")
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="the compiler for TPU is not installed: pip install 'flip_jax[tpu]'",
+)
+needs_cuda = pytest.mark.skipif(
+    gpus.plugin() is None,
+    reason="the compiler for GPU is not installed: pip install 'flip_jax[gpu]'",
 )
 
 
@@ -117,6 +121,9 @@ def test_gradients_and_parameters_are_exchanged(on_cpu):
         (["--topology", "v5e:16x32"], "v5e:16x32: unknown"),
         (["--topology", "cpu:0"], "cpu:0: unknown"),
         (["--topology", "cpu", "--slices", "2"], "only a TPU --topology has slices"),
+        (["--topology", "h200:8", "--slices", "2"], "only a TPU --topology has slices"),
+        (["--topology", "h200:0"], "h200:0: unknown"),
+        (["--topology", "h200:2x4"], "h200:2x4: unknown"),
         (["--slices", "0"], "--slices=0: must be at least 1"),
         (["--topology", "cpu", "--pairs-per-chip", "4,8"], "lists need --sweep DIR"),
         (["--topology", "cpu", "--pairs", "3"], "at least config.data.batch_size=8"),
@@ -148,10 +155,11 @@ def test_an_unknown_argument(capsys):
     assert "--config.optim.lr" in capsys.readouterr().err
 
 
-def test_without_the_compiler_for_tpu(monkeypatch, capsys):
-    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda _: None)
-    assert main(["--config", DEBUG, "--topology", "v5e:4x4"]) == BAD_INPUT
-    assert "pip install 'flip_jax[tpu]'" in capsys.readouterr().err
+@pytest.mark.parametrize(("name", "extra"), [("v5e:4x4", "tpu"), ("h200:8", "gpu")])
+def test_without_the_compiler(monkeypatch, capsys, name, extra):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert main(["--config", DEBUG, "--topology", name]) == BAD_INPUT
+    assert f"pip install 'flip_jax[{extra}]'" in capsys.readouterr().err
 
 
 def test_chips_have_a_peak():
@@ -163,6 +171,10 @@ def test_chips_have_a_peak():
     assert topology.chip_of(SimpleNamespace(device_kind="TPU v5 lite")).name == "TPU v5e"
     assert topology.chip_of(SimpleNamespace(device_kind="TPU v5")).name == "TPU v5p"
     assert topology.chip_of(SimpleNamespace(device_kind="cpu")) is None
+    for gpu in gpus.GPUS.values():
+        chip = topology.chip_of(SimpleNamespace(device_kind=gpu.device_kind))
+        assert chip.platform == "cuda" and chip.hbm_bytes == 0.75 * gpu.memory
+        assert chip.hbm_bandwidth == gpu.bandwidth
 
 
 COORDS = """
@@ -211,6 +223,39 @@ def test_a_step_for_tpu(tmp_path):
     assert 0 < estimate["step"]["best"] <= estimate["step"]["worst"]
     assert estimate["price"]["best"] == pytest.approx(2 * estimate["chip_hours"]["best"])
     assert "largest temporaries" in child.stdout and "of 16128.00: fits" in child.stdout
+
+
+@needs_cuda
+def test_a_step_for_gpus(tmp_path):
+    out = tmp_path / "step.json"
+    child = command(
+        *("--config", "configs/debug.py", *DEEPER, "--topology", "h200:4"),
+        *("--config.mesh.fsdp=2", "--json", str(out)),
+    )
+    assert child.returncode == FITS, child.stderr
+    values = json.loads(out.read_text())
+    assert values["device_kind"] == "NVIDIA H200" and values["peak"] == 989e12
+    assert values["chips"] == 4 and values["verdict"] == "fits"
+    assert 1 <= values["dot_flops"] / values["model_flops"] < 1.02
+    assert {"data", "fsdp"} <= {c["axes"] for c in values["collectives"]}
+    assert 0 < values["estimate"]["step"]["best"] <= values["estimate"]["step"]["worst"]
+
+
+@needs_cuda
+def test_flash_attention_for_gpus(tmp_path):
+    """cuDNN's kernel is in the whole step, and keeps no attention weights."""
+    tower = "vision.image_size=96", "vision.patch_size=4", "vision.depth=3", "text.depth=2"
+    sizes = (f"--config.model.{field}" for field in tower)  # 577 tokens
+    options = "--config", "configs/debug.py", *sizes, "--topology", "h100"
+    temporaries = {}
+    for how in ("plain", "flash"):
+        out, hlo = tmp_path / f"{how}.json", tmp_path / f"{how}.hlo"
+        changed = f"--config.model.vision.attention={how}", "--config.model.dtype=bfloat16"
+        child = command(*options, *changed, "--json", str(out), "--hlo", str(hlo))
+        assert child.returncode == FITS, child.stderr
+        temporaries[how] = json.loads(out.read_text())["memory"]["temporaries"]
+        assert ("__cudnn$fmha" in hlo.read_text()) == (how == "flash")
+    assert temporaries["flash"] < 0.6 * temporaries["plain"]
 
 
 @needs_libtpu

@@ -410,7 +410,9 @@ def test_bfloat16_compute():
     """2 % of the spread: ten roundings in a row of 2^-9 each, which is half a unit of bfloat16."""
     *_, params = reference(SMALL)
     half = dataclasses.replace(SMALL, dtype="bfloat16")
-    image, (ids, mask) = images(SMALL, 4), texts(SMALL, [9, 4, 1, 6], 9)
+    # Of few logits the spread of the errors is a matter of luck.
+    rows = 32
+    image, (ids, mask) = images(SMALL, rows), texts(SMALL, [9, 4, 1, 6] * (rows // 4), 9)
 
     def call(model, image, ids, mask):
         image_tokens, image_embed = model.encode_image(image)
@@ -425,7 +427,7 @@ def test_bfloat16_compute():
         error = jnp.std(ours.astype(jnp.float32) - exact) / jnp.std(exact)
         assert 2**-9 < float(error) < 10 * 2**-9
     for embed in outer[:2]:
-        close(jnp.linalg.norm(embed, axis=-1), np.ones(4), 1e-6)
+        close(jnp.linalg.norm(embed, axis=-1), np.ones(rows), 1e-6)
 
 
 @pytest.mark.slow

@@ -144,7 +144,7 @@ def _compile(cfg: config.Config, devices: list, args: argparse.Namespace) -> int
 
 def versions(name: str | None) -> str:
     """The compiler, in words."""
-    packages = ["jax", "libtpu"] if name and not name.startswith("cpu") else ["jax"]
+    packages = ["jax", *topology.compiler(name)]
     return ", ".join(f"{package} {metadata.version(package)}" for package in packages)
 
 

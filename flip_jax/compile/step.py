@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from flip_jax import partition, train
-from flip_jax.compile import memory
+from flip_jax.compile import memory, topology
 from flip_jax.compile.collectives import Collective, instructions, summed
 from flip_jax.compile.hlo import Module
 from flip_jax.compile.topology import Chip, chip_of
@@ -39,7 +39,7 @@ class CompiledStep:
 
     Attributes:
       mesh: axis -> size. chips: their product.
-      peak: FLOP/s in bfloat16, None = unknown; chip: None for anything but a TPU.
+      peak: FLOP/s in bfloat16, None = unknown; chip: None where it is not known.
       model_flops: by `metrics.model_flops_per_pair`.
       dot_flops: matrix products as partitioned, loops counted out, recomputation included.
       dot_bytes: of the operands and results of these.
@@ -145,7 +145,8 @@ def compile_step(
         model_flops=model_flops_per_pair(cfg) * rows / mesh.size,
     )
     if step.memory.fits is not False:
-        step = _compile(step, compiled, inputs, ("tpu",) if chip else None)
+        platforms = (chip.platform,) if chip else None
+        step = _compile(step, compiled, inputs, platforms, topology.options(device))
     if step.memory.fits is False:
         sizes = _state_sizes(compiled.target, inputs, devices, slices)
         lines = memory.advice(cfg, step.memory, step.chips, sizes)
@@ -172,16 +173,17 @@ def _compile(
     compiled: train.Compiled,
     inputs: tuple[Any, ...],
     platforms: tuple[str, ...] | None,
+    options: dict[str, Any],
 ) -> CompiledStep:
     """`inputs` of the step beside the state; `platforms` to compile for, None = that of the devices
-    here."""
+    here; `options` of the compiler."""
     parts, capacity = step.memory.parts, step.memory.capacity
     start = time.perf_counter()
     traced = compiled.step.trace(compiled.target, *inputs)
     lowered = traced.lower(lowering_platforms=platforms)
     # The compiler's reports tell more than its result, and some of it even when it fails.
     with tempfile.TemporaryDirectory(prefix="flip_jax_compile_") as dump:
-        options = {
+        options |= {
             "xla_dump_to": dump,
             "xla_dump_hlo_as_text": True,
             "xla_dump_hlo_pass_re": _PASSES,

@@ -1,9 +1,9 @@
 """The parts both towers share: linear maps, LayerNorm, MLP, dropout, and a scanned stack of blocks.
 
 Modules are containers of named arrays (`flax.nnx`); every transform is plain JAX. Arrays are
-stored float32 and cast to the compute dtype where they are used. Softmax and LayerNorm are float32
-inside, and so are sums over rows in the backward pass: a sum of many bfloat16 numbers loses the
-small ones. Dims: B rows, S tokens, D width, L layers.
+stored float32 and cast to the compute dtype where they are used. Softmax, LayerNorm and activations
+are float32 inside, and so are sums over rows in the backward pass: a sum of many bfloat16 numbers
+loses the small ones. Dims: B rows, S tokens, D width, L layers.
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
     keep = halves[..., : x.shape[-1]].astype(jnp.uint32) < round((1.0 - rate) * 2**16)
     # Not in bfloat16, in which 1 - 0.1 is 0.898.
     scaled = (x.astype(jnp.float32) / (1.0 - rate)).astype(x.dtype)
-    return jnp.where(keep, scaled, jnp.zeros((), x.dtype))
+    # Not `where`: its zeros are the same in all layers, so that a scan fills an array with them
+    # once and reads it in each.
+    return scaled * keep.astype(x.dtype)
 
 
 class Mlp(nnx.Module):
@@ -136,13 +138,14 @@ class Mlp(nnx.Module):
 
 
 def quick_gelu(x: Array) -> Array:
-    """x * sigmoid(1.702 x), CLIP's activation."""
-    return x * jax.nn.sigmoid(1.702 * x)
+    """x * sigmoid(1.702 x), CLIP's activation; float32 inside."""
+    wide = x.astype(jnp.float32)
+    return (wide * jax.nn.sigmoid(1.702 * wide)).astype(x.dtype)
 
 
 def exact_gelu(x: Array) -> Array:
-    """The erf form, BERT's activation (jax.nn.gelu defaults to the tanh form)."""
-    return jax.nn.gelu(x, approximate=False)
+    """The erf form, BERT's activation (jax.nn.gelu defaults to the tanh form); float32 inside."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
 
 
 def stack_blocks(make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs):
