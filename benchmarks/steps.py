@@ -120,9 +120,10 @@ class Step:
     def state(self) -> Any:
         return self._functions.init()
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, float]:
-        """Returns the parts of the loss."""
-        self.state, metrics = self._compiled(batch)(self.state, batch)
+    def __call__(self, batch: dict[str, Any], count: int = 1) -> dict[str, float]:
+        """Returns the parts of the loss of the last of `count` steps, which alone is waited for."""
+        for _ in range(count):
+            self.state, metrics = self._compiled(batch)(self.state, batch)
         jax.block_until_ready(self.state)
         return {name: float(metrics[name]) for name in metrics if name.startswith("loss_")}
 

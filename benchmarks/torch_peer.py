@@ -389,6 +389,20 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.05) -> t
     )
 
 
+def compile_layers(model: TorchFlip) -> None:
+    """Has `torch.compile` make kernels for the layers of all towers, once for all of a kind.
+
+    A layer is what it fuses; whole towers take minutes to compile and hold nothing else to fuse.
+    """
+    torch.compiler.reset()
+    # Both kinds of layers count as one function: in two towers each, with and without an image.
+    torch._dynamo.config.recompile_limit = 64
+    for towers in (model.online, model.twin):
+        layers = *towers.visual_encoder.encoder.layers, *towers.text_encoder.encoder.layer
+        for layer in layers:
+            layer.compile(dynamic=False)
+
+
 def train_step(
     model: TorchFlip,
     optimizer: torch.optim.Optimizer,
@@ -396,6 +410,22 @@ def train_step(
     alpha: float,
     autocast: torch.dtype | None = None,
 ) -> dict[str, float]:
+    """`update`, and waits for it.
+
+    Returns:
+        `loss_itc`, `loss_itm` and the temperature of this forward, `temp`.
+    """
+    out = update(model, optimizer, batch, alpha, autocast)
+    return {name: value.item() for name, value in out.items()}
+
+
+def update(
+    model: TorchFlip,
+    optimizer: torch.optim.Optimizer,
+    batch: Mapping[str, Any],
+    alpha: float,
+    autocast: torch.dtype | None = None,
+) -> dict[str, Tensor]:
     """Forward, backward and update.
 
     Args:
@@ -406,7 +436,7 @@ def train_step(
         autocast: Type of the matrix products, `None` for the parameters' own.
 
     Returns:
-        `loss_itc`, `loss_itm` and the temperature of this forward, `temp`.
+        As `train_step`, not yet computed where the device works on its own.
     """
     model.train()
     optimizer.zero_grad(set_to_none=True)
@@ -415,7 +445,7 @@ def train_step(
         out = model.losses(**batch, alpha=alpha)
     (out["loss_itc"] + out["loss_itm"]).backward()
     optimizer.step()
-    return {name: out[name].item() for name in ("loss_itc", "loss_itm", "temp")}
+    return {name: out[name].detach() for name in ("loss_itc", "loss_itm", "temp")}
 
 
 @torch.no_grad()

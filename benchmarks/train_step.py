@@ -6,6 +6,7 @@ Both sides run the reference recipe in float32 on the CPU with the same weights 
 towers, momentum twins, ITC against the batch and the queue, ITM with two hard negatives, AdamW.
 The losses are compared first (without dropout, with given negatives); then the two are timed in
 turns, so that a busy machine slows both. The peer is `torch_peer.py`. Needs the extra [torch].
+Where JAX and PyTorch both have a GPU it is `train_step_gpu.py` that runs.
 
 `full` captions have 65 real tokens, the most there are. `grammar` captions have the lengths of
 those that the grammar writes: flip_jax cuts them to the first of `steps.BUCKETS` that holds the
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +32,9 @@ from flip_jax.huge_pages import restart_with_huge_pages
 
 if __name__ == "__main__":
     restart_with_huge_pages()  # before what takes seconds to import
+    # On a GPU JAX would take three quarters of its memory at once, and no more.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
 import jax
 import numpy as np
@@ -47,6 +52,39 @@ def our_config(batch: int, dropout: float, dtype: str = "float32") -> Config:
     """With the `remat` that takes half of the memory and, at base size, no more time."""
     cfg = steps.our_config(batch, dropout)
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, remat="dots", dtype=dtype))
+
+
+def peer_of(state: Any, cfg: Config) -> torch_peer.TorchFlip:
+    """The peer at the sizes of `cfg` with the weights and the queue of a train state."""
+    vision, text = cfg.model.vision, cfg.model.text
+    sizes = {
+        f"{name}_{field}": getattr(tower, field + ("_width" if field == "mlp" else ""))
+        for name, tower in (("vision", vision), ("text", text))
+        for field in ("width", "depth", "heads", "mlp")
+    }
+    config = torch_peer.PeerConfig(
+        **sizes,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        vocab_size=text.vocab_size,
+        positions=text.positions,
+        enc_id=text.enc_id,
+        dropout=text.dropout,
+        embed_dim=cfg.model.embed_dim,
+        queue_size=cfg.loss.queue_size,
+    )
+    official = torch_flip.params_to_official(state["params"], cfg.model)
+    official |= torch_flip.params_to_official(state["momentum"], cfg.model, twin=True)
+    official |= torch_flip.queue_to_official(state["queue"])
+    peer = torch_peer.TorchFlip(config)
+    peer.load_official({name: torch.from_numpy(np.array(v)) for name, v in official.items()})
+    return peer
+
+
+def set_dropout(peer: torch.nn.Module, rate: float) -> None:
+    for module in peer.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = rate
 
 
 def torch_batch(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
@@ -76,17 +114,8 @@ class Sides:
         state = self.ours["float32"].state
         for dtype in dtypes[1:]:
             self.ours[dtype] = steps.Step(our_config(batch, DROPOUT, dtype), start=state)
-        self.peer = torch_peer.TorchFlip(torch_peer.PeerConfig(dropout=DROPOUT))
-        official = torch_flip.params_to_official(state["params"], cfg.model)
-        official |= torch_flip.params_to_official(state["momentum"], cfg.model, twin=True)
-        official |= torch_flip.queue_to_official(state["queue"])
-        self.peer.load_official({n: torch.from_numpy(np.array(v)) for n, v in official.items()})
+        self.peer = peer_of(state, cfg)
         self.optimizer = torch_peer.make_optimizer(self.peer, lr=cfg.optim.lr)
-
-    def peer_dropout(self, rate: float) -> None:
-        for module in self.peer.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = rate
 
     def theirs(
         self, batch: dict[str, torch.Tensor], negatives=None, dtype: str = "float32"
@@ -107,7 +136,7 @@ def assert_same_losses(sides: Sides, batches: Mapping[str, dict[str, np.ndarray]
     The peer keeps the weights of these steps, ours are steps of a copy.
     """
     size = len(next(iter(batches.values()))["group"])
-    sides.peer_dropout(0.0)
+    set_dropout(sides.peer, 0.0)
     drawn = (np.arange(size) + 1) % size
     given = torch.from_numpy(drawn)
     theirs = {
@@ -122,7 +151,7 @@ def assert_same_losses(sides: Sides, batches: Mapping[str, dict[str, np.ndarray]
                 if abs(value - theirs[kind][name]) > (1e-4 if dtype == "float32" else 0.05):
                     raise AssertionError(f"{kind}, {name}: {value}, PyTorch {theirs[kind][name]}")
             print(f"{kind:8} same losses, {dtype}: {ours}", flush=True)
-    sides.peer_dropout(DROPOUT)
+    set_dropout(sides.peer, DROPOUT)
 
 
 def compare(sides: Sides, kind: str, padded: dict[str, Any], rounds: int) -> dict[str, Any]:
@@ -142,6 +171,7 @@ def compare(sides: Sides, kind: str, padded: dict[str, Any], rounds: int) -> dic
         ratio = seconds / median["flip_jax"]
         print(f"{kind:8} {name:18} {size / seconds:6.3f} pairs/s {seconds:6.2f} s {ratio:5.2f}")
     return {
+        "batch": size,
         "captions": kind,
         "mean_tokens": float(padded["token_mask"].sum(axis=1).mean()),
         "columns": cut["token_ids"].shape[1],
@@ -154,20 +184,26 @@ def compare(sides: Sides, kind: str, padded: dict[str, Any], rounds: int) -> dic
 def main() -> None:
     steps.keep_programs()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, nargs="+", help="4; on a GPU 80 320 1024")
     parser.add_argument(
         "--captions", nargs="+", choices=("grammar", "full"), default=["grammar", "full"]
     )
-    parser.add_argument("--steps", type=int, default=2, help="timed steps of each side, in turns")
-    parser.add_argument("--bfloat16", action="store_true", help="both sides in bfloat16, too")
+    parser.add_argument("--steps", type=int, help="timed steps of each side: 2; on a GPU 10")
+    parser.add_argument("--bfloat16", action="store_true", help="on a CPU in bfloat16, too")
     args = parser.parse_args()
-    batches = {kind: padded_batch(kind, args.batch) for kind in args.captions}
-    sides = Sides(args.batch, ["float32", "bfloat16"] if args.bfloat16 else ["float32"])
-    assert_same_losses(sides, batches)
-    rows = [compare(sides, kind, batch, args.steps) for kind, batch in batches.items()]
+    if jax.default_backend() == "gpu" and torch.cuda.is_available():
+        from benchmarks import train_step_gpu
+
+        return train_step_gpu.main(args)
+    rows = []
+    for size in args.batch or [4]:
+        batches = {kind: padded_batch(kind, size) for kind in args.captions}
+        sides = Sides(size, ["float32", "bfloat16"] if args.bfloat16 else ["float32"])
+        assert_same_losses(sides, batches)
+        for kind, batch in batches.items():
+            rows.append(compare(sides, kind, batch, args.steps or 2))
     result = {
         "benchmark": "train_step",
-        "batch": args.batch,
         "rows": rows,
         "jax": jax.__version__,
         "torch": torch.__version__,
