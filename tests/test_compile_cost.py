@@ -13,6 +13,7 @@ from flip_jax import partition
 from flip_jax.compile import memory, report
 from flip_jax.compile.collectives import Collective
 from flip_jax.compile.cost import Bounds, estimate
+from flip_jax.compile.kernels import Kernel
 from flip_jax.compile.sizes import with_pairs_per_chip
 from flip_jax.compile.step import CompiledStep
 from flip_jax.compile.topology import Chip
@@ -71,6 +72,22 @@ def test_the_network_between_slices_is_another():
     assert unknown.step.worst == pytest.approx(unknown.compute + 0.02 + 0.01)
     text = report.table(replace(step, chip=replace(CHIP, dcn_bandwidth=None)), unknown, "")
     assert "not published" in text and "left out" in text
+
+
+def test_kernels_run_one_after_another():
+    """Each takes the longer of its products, at half the peak, and its bytes."""
+    made = [Kernel("wide of x", 3, 12e9, 1e12), Kernel("deep of y", 4, 2e9, 2e12)]
+    step = made_up(kernels=made)
+    found = estimate(step, batch_size=80, steps=1, efficiency=0.5)
+    assert found.hbm == pytest.approx(14e9 / 1e12)
+    assert found.kernels == pytest.approx(max(0.012, 0.02) + max(0.002, 0.04))
+    assert found.step == Bounds(pytest.approx(0.06), pytest.approx(0.06 + 0.014 + 0.01))
+    made[0] = Kernel("wide of x", 3, 50e9, 1e12)
+    found = estimate(replace(step, kernels=made), batch_size=80, steps=1, efficiency=0.5)
+    assert found.step.best == pytest.approx(0.05 + 0.04)
+    text = report.table(replace(step, kernels=made), found, "")
+    assert "the 52 GB that 7 kernels read and write, at 1000 GB/s: 52 ms" in text
+    assert "each the longer of the two: 90 ms" in text and "50.00 GB: 3 x wide of x" in text
 
 
 @pytest.mark.parametrize("missing", ["chip", "peak", "dot_flops", "collectives"])

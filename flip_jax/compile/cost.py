@@ -28,10 +28,12 @@ class Estimate:
 
     Attributes:
       compute: matrix products at `efficiency` of the peak.
-      hbm: operands and results of matrix products, and the state read and written once.
+      hbm: what all kernels read and write; where they are not known operands and results of matrix
+        products, and the state read and written once.
+      kernels: one after the other, each the longer of its products and its bytes; None = not known.
       ici: collectives inside a slice at the full bandwidth of a chip's links.
       dcn: collectives between slices; None = bandwidth not published.
-      step: the largest of the four, and their sum.
+      step: the largest of these, and the sum of the four.
       hours: of all steps, without evaluation, saving and compiling.
       price: None without a price per chip-hour.
     """
@@ -39,6 +41,7 @@ class Estimate:
     efficiency: float
     compute: float
     hbm: float
+    kernels: float | None
     ici: float
     dcn: float | None
     step: Bounds
@@ -60,19 +63,24 @@ def estimate(
     chip, needed = step.chip, (step.chip, step.peak, step.dot_flops, step.collectives)
     if None in needed or not step.memory.fits:
         return None
-    compute = step.dot_flops / (step.peak * efficiency)
-    hbm = (step.dot_bytes + 2 * step.memory.arguments) / chip.hbm_bandwidth
+    speed, bandwidth = step.peak * efficiency, chip.hbm_bandwidth
+    compute, kernels = step.dot_flops / speed, None
+    hbm = (step.dot_bytes + 2 * step.memory.arguments) / bandwidth
+    if step.kernels is not None:
+        hbm = sum(kernel.bytes for kernel in step.kernels) / bandwidth
+        kernels = sum(kernel.seconds(speed, bandwidth) for kernel in step.kernels)
     between = sum(c.sent_bytes for c in step.collectives if c.axes == SLICES)
     ici = (sum(c.sent_bytes for c in step.collectives) - between) / chip.ici_bandwidth
     dcn = 0.0 if not between else between / chip.dcn_bandwidth if chip.dcn_bandwidth else None
     spent = [compute, hbm, ici, dcn or 0.0]
-    seconds = Bounds(max(spent), sum(spent))
+    seconds = Bounds(max(*spent, kernels or 0.0), sum(spent))
     hours = seconds.times(steps / 3600)
     chip_hours = hours.times(step.chips)
     return Estimate(
         efficiency=efficiency,
         compute=compute,
         hbm=hbm,
+        kernels=kernels,
         ici=ici,
         dcn=dcn,
         step=seconds,

@@ -90,6 +90,10 @@ class Module:
             for instruction in self.computations[name].values():
                 yield name, instruction, times
 
+    def root(self, computation: str) -> Instruction:
+        """What a computation results in."""
+        return self._roots[computation]
+
     def operand_bytes(self, computation: str, instruction: Instruction) -> float:
         known = self.computations[computation]
         return sum(known[name].bytes for name in instruction.operands)

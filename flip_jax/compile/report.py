@@ -100,10 +100,16 @@ def _estimate_lines(step: CompiledStep, estimate: Estimate, run: str) -> Iterato
         f"  matrix products at {estimate.efficiency:.0%} of {step.peak / 1e12:.0f} TFLOP/s: "
         f"{_milliseconds(estimate.compute)}"
     )
-    yield (
-        f"  their operands, and the state twice, at {chip.hbm_bandwidth / 1e9:.0f} GB/s: "
-        f"{_milliseconds(estimate.hbm)}"
-    )
+    rate = f"at {chip.hbm_bandwidth / 1e9:.0f} GB/s: {_milliseconds(estimate.hbm)}"
+    if step.kernels is None:
+        yield f"  their operands, and the state twice, {rate}"
+    else:
+        size, count = (sum(getattr(k, n) for k in step.kernels) for n in ("bytes", "count"))
+        yield f"  the {size / 1e9:.3g} GB that {count:,} kernels read and write, {rate}"
+        together = _milliseconds(estimate.kernels)
+        yield f"  kernel after kernel, each the longer of the two: {together}"
+        for one in step.kernels[:5]:
+            yield f"    {one.bytes / 1e9:.2f} GB: {one.count} x {one.what}"
     yield (
         f"  rings over all links of a chip at {chip.ici_bandwidth / 1e9:.0f} GB/s: "
         f"{_milliseconds(estimate.ici)}"

@@ -20,6 +20,7 @@ from flip_jax import partition, train
 from flip_jax.compile import memory, topology
 from flip_jax.compile.collectives import Collective, instructions, summed
 from flip_jax.compile.hlo import Module
+from flip_jax.compile.kernels import Kernel, kernels
 from flip_jax.compile.topology import Chip, chip_of
 from flip_jax.config import Config, MeshConfig
 from flip_jax.metrics import model_flops_per_pair, peak_flops
@@ -46,6 +47,7 @@ class CompiledStep:
       xla_flops: the compiler's own count, loop bodies once.
       collectives: by kind and axes; None = not known.
       heaviest: the instructions that send most.
+      kernels: of a GPU, most bytes first; None = not known, as on other devices.
       unknown_loops: loops of unknown length, counted once.
       compile_seconds, host_bytes: what compiling took; peak of this process.
       hlo: text of the module that `collectives` are read from.
@@ -64,6 +66,7 @@ class CompiledStep:
     xla_flops: float | None = None
     collectives: Sequence[Collective] | None = None
     heaviest: Sequence[Collective] = ()
+    kernels: Sequence[Kernel] | None = None
     unknown_loops: int = 0
     compile_seconds: float | None = None
     host_bytes: float | None = None
@@ -216,6 +219,7 @@ def _compile(
         xla_flops=xla_flops,
         collectives=None if exchanged is None else summed(exchanged),
         heaviest=(exchanged or [])[:5],
+        kernels=kernels(exchanges) if exchanges and platforms == ("cuda",) else None,
         unknown_loops=max((len(m.unknown_loops) for m in (products, exchanges) if m), default=0),
         compile_seconds=seconds,
         host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0,
