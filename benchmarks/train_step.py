@@ -32,9 +32,6 @@ from flip_jax.huge_pages import restart_with_huge_pages
 
 if __name__ == "__main__":
     restart_with_huge_pages()  # before what takes seconds to import
-    # On a GPU JAX would take three quarters of its memory at once, and no more.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
 import jax
 import numpy as np
@@ -54,15 +51,15 @@ def our_config(batch: int, dropout: float, dtype: str = "float32") -> Config:
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, remat="dots", dtype=dtype))
 
 
-def peer_of(state: Any, cfg: Config) -> torch_peer.TorchFlip:
-    """The peer at the sizes of `cfg` with the weights and the queue of a train state."""
+def peer_config(cfg: Config) -> torch_peer.PeerConfig:
+    """The peer's sizes and dropout."""
     vision, text = cfg.model.vision, cfg.model.text
     sizes = {
         f"{name}_{field}": getattr(tower, field + ("_width" if field == "mlp" else ""))
         for name, tower in (("vision", vision), ("text", text))
         for field in ("width", "depth", "heads", "mlp")
     }
-    config = torch_peer.PeerConfig(
+    return torch_peer.PeerConfig(
         **sizes,
         image_size=vision.image_size,
         patch_size=vision.patch_size,
@@ -73,12 +70,14 @@ def peer_of(state: Any, cfg: Config) -> torch_peer.TorchFlip:
         embed_dim=cfg.model.embed_dim,
         queue_size=cfg.loss.queue_size,
     )
+
+
+def official_weights(state: Any, cfg: Config) -> dict[str, torch.Tensor]:
+    """Parameters, twins and queue of a train state, for `TorchFlip.load_official`."""
     official = torch_flip.params_to_official(state["params"], cfg.model)
     official |= torch_flip.params_to_official(state["momentum"], cfg.model, twin=True)
     official |= torch_flip.queue_to_official(state["queue"])
-    peer = torch_peer.TorchFlip(config)
-    peer.load_official({name: torch.from_numpy(np.array(v)) for name, v in official.items()})
-    return peer
+    return {name: torch.from_numpy(np.array(value)) for name, value in official.items()}
 
 
 def set_dropout(peer: torch.nn.Module, rate: float) -> None:
@@ -114,7 +113,8 @@ class Sides:
         state = self.ours["float32"].state
         for dtype in dtypes[1:]:
             self.ours[dtype] = steps.Step(our_config(batch, DROPOUT, dtype), start=state)
-        self.peer = peer_of(state, cfg)
+        self.peer = torch_peer.TorchFlip(peer_config(cfg))
+        self.peer.load_official(official_weights(state, cfg))
         self.optimizer = torch_peer.make_optimizer(self.peer, lr=cfg.optim.lr)
 
     def theirs(
@@ -183,6 +183,8 @@ def compare(sides: Sides, kind: str, padded: dict[str, Any], rounds: int) -> dic
 
 def main() -> None:
     steps.keep_programs()
+    # Of a GPU only what is needed: the processes that measure have all the rest.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, nargs="+", help="4; on a GPU 80 320 1024")
     parser.add_argument(
@@ -191,7 +193,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="timed steps of each side: 2; on a GPU 10")
     parser.add_argument("--bfloat16", action="store_true", help="on a CPU in bfloat16, too")
     args = parser.parse_args()
-    if jax.default_backend() == "gpu" and torch.cuda.is_available():
+    if jax.default_backend() == "gpu":
+        if not torch.cuda.is_available():
+            raise SystemExit("JAX has a GPU here, PyTorch has none; JAX_PLATFORMS=cpu for the CPU")
         from benchmarks import train_step_gpu
 
         return train_step_gpu.main(args)

@@ -2,12 +2,13 @@
 
     python benchmarks/train_step.py [--batch 80 320 1024] [--steps 10] [--captions grammar full]
 
-`train_step.py` runs this where JAX and PyTorch both have a GPU. Both sides run the reference recipe
-at base size in bfloat16 with the same weights and batches: flip_jax as `configs/base.py` has it,
-with `model.remat=dots`; the peer, `torch_peer.py`, under autocast with fused attention, fused AdamW
-and `torch.compile`. The losses of the smallest batch are compared first, without dropout, with
-given negatives. Then each side is timed alone, so that the other one's memory does not count:
-medians of three times --steps steps, of which only the last is waited for.
+`train_step.py` runs this where JAX and PyTorch both have a GPU; they must be of one CUDA, since
+their libraries share folders: `jax[cuda13]` beside a PyTorch for CUDA 13. Both sides run the same
+recipe as there at base size, in bfloat16: flip_jax with `model.remat=dots`; the peer,
+`torch_peer.py`, under autocast with fused attention, fused AdamW and `torch.compile`. The losses of
+the smallest batch are compared first, without dropout, with given negatives. Then each side is
+timed in a process of its own, which has all of the memory: medians of three times --steps steps, of
+which only the last is waited for. Rows are printed as they are measured.
 
 `MFU` is what `metrics.model_flops_per_pair` counts, for both sides on flip_jax's columns, by the
 rate of one large product in bfloat16 in the same run; the data sheet's rate is in the last line,
@@ -20,139 +21,221 @@ import argparse
 import dataclasses
 import gc
 import json
+import os
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks import steps, torch_peer, train_step
-from flip_jax.config import Config
+from flip_jax import config
 from flip_jax.metrics import model_flops_per_pair, peak_flops
 
 ROUNDS = 3
 BATCHES = (80, 320, 1024)
 OURS, PEER = "flip_jax", "pytorch"
+LOSSES = "losses"  # the job that comes first: our side of the comparison
+MOST = 0.05  # between losses of two sides in bfloat16
+_OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "ALLOC_FAILED")
 
 
 def main(args: argparse.Namespace) -> None:
-    torch.set_float32_matmul_precision("high")  # of what autocast leaves in float32, as in XLA
     cfg = train_step.our_config(1, train_step.DROPOUT, "bfloat16")
-    batches = {
-        (kind, size): train_step.padded_batch(kind, size)
+    lengths = [
+        (kind, size, train_step.padded_batch(kind, size)["token_mask"].sum(axis=1).tolist())
         for size in sorted(args.batch or BATCHES)
         for kind in args.captions
-    }
-    result = {"benchmark": "train_step_gpu", "card": card(), "product_flops": product_rate()}
-    result["peak_flops"] = peak_flops(jax.devices()[0])
-    print(f"{result['card']}; a large product {result['product_flops'] / 1e12:.0f} TFLOP/s")
-    result["rows"] = measure(cfg, batches, args.steps or 10, result["product_flops"], "cuda")
-    print(json.dumps(result | {"jax": jax.__version__, "torch": torch.__version__}))
+    ]
+    name = card()
+    print(name, flush=True)
+    result = measure(cfg, lengths, args.steps or 10)
+    print(json.dumps({"benchmark": "train_step_gpu", "card": name, **result}))
 
 
 def card() -> str:
-    """As `nvidia-smi` names the first one: its name, driver and memory."""
+    """As `nvidia-smi` names it: its name, driver and memory."""
     fields = "--query-gpu=name,driver_version,memory.total"
     command = ["nvidia-smi", "--id=0", fields, "--format=csv,noheader"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-
-def product_rate(side: int = 8192, count: int = 10) -> float:
-    """FLOP/s of products of random bfloat16 matrices, the fastest of some rounds."""
-    left, right = jax.random.normal(jax.random.key(0), (2, side, side), jnp.bfloat16)
-    product = jax.jit(jnp.matmul)
-    product(left, right).block_until_ready()
-
-    def several() -> None:
-        for _ in range(count):
-            last = product(left, right)
-        last.block_until_ready()
-
-    return 2 * side**3 * count / min(steps.timed(several) for _ in range(5))
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return jax.devices()[0].device_kind
 
 
 def measure(
-    cfg: Config,
-    batches: dict[tuple[str, int], dict[str, np.ndarray]],
-    count: int,
-    rate: float,
-    device: str,
-) -> list[dict[str, Any]]:
-    """One row for each kind and size of a batch.
+    cfg: config.Config, lengths: Sequence[tuple[str, int, list[int]]], count: int
+) -> dict[str, Any]:
+    """Both sides, each in a process of its own.
 
     Args:
       cfg: its batch size is replaced.
-      batches: smallest first; captions at full width.
+      lengths: kind, size and tokens of each caption of a batch, smallest first.
       count: of steps that are timed together.
-      rate: FLOP/s, for the MFU.
-      device: of PyTorch.
+
+    Returns:
+      `rows`, one for each batch, and the rates that the MFU is of.
+
+    Raises:
+      subprocess.CalledProcessError: a side failed, by something else than too little memory.
     """
-    first = steps.Step(with_batch(cfg, next(iter(batches))[1]))
-    start = jax.device_get(first.state)
-    del first
-    found = {PEER: peer_times(cfg, start, batches, count, device)}
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-    found[OURS] = our_times(cfg, start, batches, count)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        plan = {"config": config.to_dict(cfg), "lengths": lengths, "count": count}
+        (folder / "plan.json").write_text(json.dumps(plan))
+        for job in (LOSSES, PEER, OURS):
+            command = [sys.executable, __file__, "--job", job, "--folder", name]
+            subprocess.run(command, check=True, env=_environment(job))
+        found = {side: json.loads((folder / f"{side}.json").read_text()) for side in (PEER, OURS)}
     rows = []
-    for kind, size in batches:
-        columns = steps.cut(batches[kind, size])["token_ids"].shape[1]
-        flops = model_flops_per_pair(with_batch(cfg, size), columns) * size
-        sides = {side: found[side][kind, size] for side in (OURS, PEER)}
-        row = {"captions": kind, "batch": size, "columns": columns, "flops": flops}
-        for side, (seconds, memory) in sides.items():
-            row[side] = _numbers(size, seconds, memory, flops / rate)
-            print(f"{kind:8} {size:5} {side:9} {_line(row[side])}", flush=True)
+    for number, (kind, size, _) in enumerate(lengths):
+        row = {"captions": kind, "batch": size}
+        row |= {side: found[side]["rows"][number] for side in (OURS, PEER)}
         medians = [row[side].get("seconds") for side in (OURS, PEER)]
         row["ratio"] = None if None in medians else medians[1] / medians[0]
         rows.append(row)
-    return rows
+    return {"rows": rows} | {k: v for k, v in found[OURS].items() if k != "rows"}
 
 
-def peer_times(
-    cfg: Config, start: Any, batches: dict, count: int, device: str
-) -> dict[tuple[str, int], tuple[list[float] | None, float | None]]:
-    """(seconds of a step, GiB) by batch; None = it did not fit. Compares the losses first."""
-    peer = train_step.peer_of(start, cfg).to(device)
-    optimizer = torch_peer.make_optimizer(peer, lr=cfg.optim.lr)
-    smallest = next(iter(batches))[1]
-    same = {kind: batch for (kind, size), batch in batches.items() if size == smallest}
-    assert_same_losses(cfg, start, peer, optimizer, same, device)
-    found = {}
-    for key, padded in batches.items():
-        batch = _to(device, train_step.torch_batch(padded))
-        torch_peer.compile_layers(peer)
-
-        def several(batch: dict[str, torch.Tensor] = batch) -> None:
-            for _ in range(count):
-                out = torch_peer.update(peer, optimizer, batch, steps.ALPHA, torch.bfloat16)
-            out["loss_itm"].item()
-
-        if device == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        seconds = times(several, count)
-        memory = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
-        found[key] = seconds, memory
-    return found
+def _environment(job: str) -> dict[str, str]:
+    """JAX leaves the GPU alone beside the peer, and may have nearly all of it otherwise."""
+    if job == PEER:
+        return os.environ | {"JAX_PLATFORMS": "cpu"}
+    given = {n: v for n, v in os.environ.items() if n != "XLA_PYTHON_CLIENT_PREALLOCATE"}
+    if any(name.endswith("CLIENT_MEM_FRACTION") for name in given):
+        return given
+    return given | {"XLA_CLIENT_MEM_FRACTION": "0.95"}
 
 
-def our_times(
-    cfg: Config, start: Any, batches: dict, count: int
-) -> dict[tuple[str, int], tuple[list[float] | None, float | None]]:
-    """As `peer_times`. The largest come first: JAX keeps what it has taken."""
-    found = {}
-    for (kind, size), padded in reversed(batches.items()):
-        step, batch = steps.Step(with_batch(cfg, size), start=start), steps.cut(padded)
-        batch = jax.device_put(batch)
-        memory = step.memory(batch)["all"] / 2**10
-        found[kind, size] = times(lambda s=step, b=batch: s(b, count), count), memory
-    return found
+class Job:
+    """One of the three processes of a run."""
+
+    def __init__(self, folder: Path):
+        plan = json.loads((folder / "plan.json").read_text())
+        self.folder, self.lengths, self.count = folder, plan["lengths"], plan["count"]
+        self.cfg = config.from_dict(plan["config"])
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def batches(self) -> Iterator[tuple[str, int, dict[str, np.ndarray]]]:
+        for kind, size, tokens in self.lengths:
+            side = self.cfg.model.vision.image_size
+            yield kind, size, steps.make_batch(np.asarray(tokens), side=side)
+
+    def smallest(self) -> dict[str, dict[str, np.ndarray]]:
+        """One of each kind, with negatives."""
+        least = self.lengths[0][1]
+        found = {kind: batch for kind, size, batch in self.batches() if size == least}
+        drawn = (np.arange(least) + 1) % least
+        return {kind: each | {"negatives": drawn} for kind, each in found.items()}
+
+    def losses(self) -> None:
+        """Writes the weights that both sides start with, and the losses of our steps on them."""
+        text = dataclasses.replace(self.cfg.model.text, dropout=0.0)
+        plain = dataclasses.replace(self.cfg, model=dataclasses.replace(self.cfg.model, text=text))
+        found = {}
+        for kind, batch in self.smallest().items():
+            if not found:
+                step = steps.Step(with_batch(plain, len(batch["group"])))
+                weights = train_step.official_weights(step.state, self.cfg)
+                save_file(weights, self.folder / "start.safetensors")
+            drawn = batch.pop("negatives")
+            batch = steps.cut(batch) | {"negatives": {"image": drawn, "text": drawn}}
+            found[kind] = step(batch)
+        (self.folder / "losses.json").write_text(json.dumps(found))
+
+    def pytorch(self) -> None:
+        """Compares the losses, then times the peer."""
+        torch.set_float32_matmul_precision("high")  # of what autocast leaves in float32, as in XLA
+        peer = torch_peer.TorchFlip(train_step.peer_config(self.cfg))
+        peer.load_official(load_file(self.folder / "start.safetensors"))
+        peer = peer.to(self.device)
+        optimizer = torch_peer.make_optimizer(peer, lr=self.cfg.optim.lr)
+        self._assert_same_losses(peer, optimizer)
+        rows, compiled = [], None
+        for kind, size, padded in self.batches():
+            batch = self._to_torch(padded)
+            peer.ptr_queue.zero_()  # or another size of batch would wrap inside one
+            if self.device == "cuda":
+                if size != compiled:
+                    torch_peer.compile_layers(peer)
+                    compiled = size
+                gc.collect()
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+
+            def several(batch: dict[str, torch.Tensor] = batch) -> None:
+                for _ in range(self.count):
+                    out = torch_peer.update(peer, optimizer, batch, steps.ALPHA, torch.bfloat16)
+                out["loss_itm"].item()
+
+            seconds = times(several, self.count)
+            cuda = self.device == "cuda" and seconds is not None
+            memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+            rows.append(self._row(PEER, kind, size, seconds, memory, self._rate()))
+        (self.folder / f"{PEER}.json").write_text(json.dumps({"rows": rows}))
+
+    def flip_jax(self) -> None:
+        """Times our side."""
+        rate, rows = self._rate(), []
+        for kind, size, padded in self.batches():
+            step, batch = steps.Step(with_batch(self.cfg, size)), jax.device_put(steps.cut(padded))
+            seconds = times(lambda step=step, batch=batch: step(batch, self.count), self.count)
+            memory = None if seconds is None else step.memory(batch)["all"] / 2**10
+            rows.append(self._row(OURS, kind, size, seconds, memory, rate))
+            del step, batch  # or two states would be there at a time
+        result = {"rows": rows, "product_flops": rate, "peak_flops": peak_flops(jax.devices()[0])}
+        versions = {"jax": jax.__version__, "torch": torch.__version__}
+        (self.folder / f"{OURS}.json").write_text(json.dumps(result | versions))
+
+    def _assert_same_losses(self, peer: Any, optimizer: Any) -> None:
+        ours = json.loads((self.folder / "losses.json").read_text())
+        train_step.set_dropout(peer, 0.0)
+        for kind, batch in self.smallest().items():
+            given = torch.from_numpy(batch.pop("negatives")).to(self.device)
+            batch = self._to_torch(batch) | {"negatives": (given, given)}
+            theirs = torch_peer.train_step(peer, optimizer, batch, steps.ALPHA, torch.bfloat16)
+            for name, value in ours[kind].items():
+                if abs(value - theirs[name]) > MOST:
+                    raise AssertionError(f"{kind}, {name}: {value}, PyTorch {theirs[name]}")
+            print(f"{kind:8} same losses: {ours[kind]}", flush=True)
+        train_step.set_dropout(peer, self.cfg.model.text.dropout)
+
+    def _to_torch(self, batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        return {n: value.to(self.device) for n, value in train_step.torch_batch(batch).items()}
+
+    def _rate(self) -> float:
+        """FLOP/s of a large product, measured once in a run."""
+        path = self.folder / "rate.json"
+        if not path.exists():
+            path.write_text(json.dumps(product_rate(8192 if self.device == "cuda" else 256)))
+        return json.loads(path.read_text())
+
+    def _row(
+        self,
+        side: str,
+        kind: str,
+        size: int,
+        seconds: list[float] | None,
+        memory: float | None,
+        rate: float,
+    ) -> dict[str, Any]:
+        tokens = next(t for k, s, t in self.lengths if (k, s) == (kind, size))
+        mask = np.arange(65) < np.asarray(tokens)[:, None]
+        columns = steps.cut({"token_ids": np.zeros(mask.shape, np.int32), "token_mask": mask})
+        columns = columns["token_ids"].shape[1]
+        flops = model_flops_per_pair(with_batch(self.cfg, size), columns) * size
+        row = _numbers(size, seconds, memory, flops / rate) | {"columns": columns}
+        print(f"{kind:8} {size:5} {side:9} {_line(row)}", flush=True)
+        return row
 
 
 def times(several: Callable[[], object], count: int) -> list[float] | None:
@@ -160,46 +243,32 @@ def times(several: Callable[[], object], count: int) -> list[float] | None:
     try:
         several()
         return [steps.timed(several) / count for _ in range(ROUNDS)]
-    except torch.OutOfMemoryError:
-        return None
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except RuntimeError as error:  # of which those of JAX and PyTorch are kinds
+        if not any(words in str(error) for words in _OUT_OF_MEMORY):
             raise
         return None
 
 
-def assert_same_losses(
-    cfg: Config, start: Any, peer: Any, optimizer: Any, batches: dict, device: str
-) -> None:
-    """One step of each side on each kind of batch, without dropout, with the same negatives."""
-    train_step.set_dropout(peer, 0.0)
-    text = dataclasses.replace(cfg.model.text, dropout=0.0)
-    plain = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, text=text))
-    size = len(next(iter(batches.values()))["group"])
-    step = steps.Step(with_batch(plain, size), start=start)
-    drawn = (np.arange(size) + 1) % size
-    given = torch.from_numpy(drawn).to(device)
-    for kind, padded in batches.items():
-        ours = step(steps.cut(padded) | {"negatives": {"image": drawn, "text": drawn}})
-        batch = _to(device, train_step.torch_batch(padded)) | {"negatives": (given, given)}
-        theirs = torch_peer.train_step(peer, optimizer, batch, steps.ALPHA, torch.bfloat16)
-        for name, value in ours.items():
-            if abs(value - theirs[name]) > 0.05:
-                raise AssertionError(f"{kind}, {name}: {value}, PyTorch {theirs[name]}")
-        print(f"{kind:8} same losses: {ours}", flush=True)
-    train_step.set_dropout(peer, cfg.model.text.dropout)
+def product_rate(side: int, count: int = 10) -> float:
+    """FLOP/s of products of random bfloat16 matrices in PyTorch, the fastest of some rounds."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    left, right = torch.randn(2, side, side, device=device).bfloat16()
+
+    def several() -> None:
+        for _ in range(count):
+            last = left @ right
+        last[0, 0].item()
+
+    several()
+    return 2 * side**3 * count / min(steps.timed(several) for _ in range(5))
 
 
-def with_batch(cfg: Config, size: int) -> Config:
+def with_batch(cfg: config.Config, size: int) -> config.Config:
     return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch_size=size))
 
 
-def _to(device: str, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: value.to(device) for name, value in batch.items()}
-
-
 def _numbers(
-    size: int, seconds: Sequence[float] | None, memory: float | None, least: float
+    size: int, seconds: list[float] | None, memory: float | None, least: float
 ) -> dict[str, Any]:
     """Of one side; `least` seconds if nothing but the model's products took any time."""
     numbers = {"gib": memory, "gib_per_pair": memory and memory / size}
@@ -211,8 +280,21 @@ def _numbers(
 
 
 def _line(numbers: dict[str, Any]) -> str:
+    memory = "" if numbers["gib"] is None else f", {numbers['gib']:.1f} GiB"
     if "error" in numbers:
-        return numbers["error"]
-    memory = "" if numbers["gib"] is None else f" {numbers['gib']:6.1f} GiB"
+        return numbers["error"] + memory
     speed = f"{numbers['pairs_per_second']:8.1f} pairs/s {numbers['seconds'] * 1e3:8.1f} ms"
-    return f"{speed}, MFU {numbers['mfu']:5.1%},{memory} spread {steps.spread(numbers['all'])}"
+    return f"{speed}, MFU {numbers['mfu']:.1%}{memory}, spread {steps.spread(numbers['all'])}"
+
+
+def run_job() -> None:
+    steps.keep_programs()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--job", choices=(LOSSES, PEER, OURS), required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    args = parser.parse_args()
+    getattr(Job(args.folder), args.job)()
+
+
+if __name__ == "__main__":
+    run_job()

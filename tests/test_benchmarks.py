@@ -1,5 +1,6 @@
 """The benchmarks are scripts for an idle machine; here, that each finds what it imports."""
 
+import dataclasses
 import importlib
 import sys
 from pathlib import Path
@@ -36,11 +37,15 @@ def test_a_step_is_timed_after_one_of_its_own(monkeypatch):
     assert found == {"a": [2, 7, 8], "b": [4, 5, 10]}
 
 
-def test_the_step_of_a_gpu(monkeypatch):
-    """All of it but the card: on the CPU at a small size, without compiled layers of the peer."""
+@pytest.fixture
+def gpu():
     pytest.importorskip("torch", reason="the peer of the benchmarks is PyTorch")
-    gpu = importlib.import_module("benchmarks.train_step_gpu")
-    monkeypatch.setattr(gpu.torch_peer, "compile_layers", lambda peer: None)
+    return importlib.import_module("benchmarks.train_step_gpu")
+
+
+@pytest.mark.slow
+def test_the_step_of_a_gpu(gpu, capfd):
+    """All of it but the card: on the CPU at a small size, without compiled layers of the peer."""
     tower = {"width": 32, "depth": 2, "heads": 2, "mlp_width": 64}
     cfg = Config(
         model=ModelConfig(
@@ -53,31 +58,34 @@ def test_the_step_of_a_gpu(monkeypatch):
         loss=LossConfig(candidates="global", queue_size=64, alpha=0.4, alpha_ramp_epochs=0.0),
         optim=OptimConfig(schedule="constant", warmup_steps=0),
     )
-    batches = {
-        ("grammar", size): gpu.steps.make_batch(gpu.np.full(size, 30), side=32) for size in (4, 8)
-    }
-    # One that a card has no room for.
-    run = gpu.torch_peer.update
-
-    def update(peer, optimizer, batch, *options):
-        if len(batch["image"]) == 8:
-            raise gpu.torch.OutOfMemoryError
-        return run(peer, optimizer, batch, *options)
-
-    monkeypatch.setattr(gpu.torch_peer, "update", update)
-    rows = gpu.measure(cfg, batches, count=2, rate=1e12, device="cpu")
-    assert [(row["batch"], row["columns"]) for row in rows] == [(4, 32), (8, 32)]
+    found = gpu.measure(cfg, [("grammar", 4, [30, 20, 10, 25]), ("full", 8, [65] * 8)], count=2)
+    rows = found["rows"]
+    assert [(row["batch"], row["flip_jax"]["columns"]) for row in rows] == [(4, 32), (8, 65)]
     for row in rows:
         ours, peer = row["flip_jax"], row["pytorch"]
         assert len(ours["all"]) == 3 and ours["gib_per_pair"] > 0
-        assert ours["pairs_per_second"] == pytest.approx(row["batch"] / ours["seconds"])
-        assert ours["mfu"] == pytest.approx(row["flops"] / 1e12 / ours["seconds"])
-        if row["batch"] == 4:
-            assert row["ratio"] == peer["seconds"] / ours["seconds"]
-        else:
-            assert row["ratio"] is None and peer["error"] == "out of memory"
+        assert row["ratio"] == peer["seconds"] / ours["seconds"]
+        for side in (ours, peer):
+            assert side["pairs_per_second"] == pytest.approx(row["batch"] / side["seconds"])
+            rate = side["mfu"] * side["seconds"] * found["product_flops"]
+            of_ours = gpu.model_flops_per_pair(gpu.with_batch(cfg, row["batch"]), ours["columns"])
+            assert rate == pytest.approx(of_ours * row["batch"])
+    assert "grammar  same losses" in capfd.readouterr().out
 
-    start = gpu.steps.Step(gpu.with_batch(cfg, 4)).state
-    monkeypatch.setattr(gpu.steps, "ALPHA", 0.9)  # the peer's
-    with pytest.raises(AssertionError, match="loss_itc"):
-        gpu.peer_times(cfg, start, batches, 1, "cpu")
+    with pytest.raises(gpu.subprocess.CalledProcessError):
+        other = dataclasses.replace(cfg, loss=dataclasses.replace(cfg.loss, alpha=0.9))
+        gpu.measure(other, [("grammar", 4, [30, 20, 10, 25])], count=1)
+    assert "AssertionError: grammar, loss_itc" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["RESOURCE_EXHAUSTED: 1 GiB", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"],
+)
+def test_a_batch_that_a_card_has_no_room_for(gpu, message):
+    def fail(error):
+        raise error
+
+    assert gpu.times(lambda: fail(RuntimeError(message)), 1) is None
+    with pytest.raises(RuntimeError, match="something else"):
+        gpu.times(lambda: fail(RuntimeError("something else")), 1)

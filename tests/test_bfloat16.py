@@ -156,6 +156,53 @@ def test_activations_are_float32_inside():
         np.testing.assert_array_equal(found, wanted.astype(np.float32).astype(jnp.bfloat16))
 
 
+def test_what_is_kept_for_the_gradient():
+    """One array of the size of the input, in its dtype, besides numbers of rows and of columns."""
+    x = jnp.ones((7, 5, 64), jnp.bfloat16)
+    norm = LayerNorm(64, 1e-5, jnp.bfloat16, nnx.Rngs(0))
+    kept = {
+        name: [leaf for leaf in jax.tree.leaves(jax.vjp(function, x)[1]) if leaf.size > 64]
+        for name, function in {
+            "norm": norm,
+            "exact_gelu": exact_gelu,
+            "quick_gelu": quick_gelu,
+            "dropout": partial(dropout, rate=0.1, key=jax.random.key(0)),
+        }.items()
+    }
+    dtypes = {name: [(leaf.shape, leaf.dtype) for leaf in leaves] for name, leaves in kept.items()}
+    assert dtypes.pop("dropout") == [(x.shape, jnp.bool_)]
+    assert all(found == [(x.shape, jnp.bfloat16)] for found in dtypes.values()), dtypes
+
+
+def test_the_gradient_of_a_norm():
+    """Against the difference quotient in float64."""
+    rng = np.random.default_rng(0)
+    x, aim = 3 + rng.normal(size=(2, 6, 64)) * [[[2.0]], [[0.5]]], rng.normal(size=(2, 6, 64))
+    scale, bias = rng.normal(size=(2, 64))
+
+    def loss(x, scale, bias):
+        unit = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-2)
+        return np.sum((unit * scale + bias) * aim)
+
+    norm = LayerNorm(64, 1e-2, jnp.float32, nnx.Rngs(0))
+    graphdef, _ = nnx.split(norm)
+
+    def ours(x, scale, bias):
+        state = nnx.State({"scale": nnx.Param(scale), "bias": nnx.Param(bias)})
+        return jnp.sum(nnx.merge(graphdef, state)(x) * aim)
+
+    single = (a.astype(np.float32) for a in (x, scale, bias))
+    found = jax.grad(ours, argnums=(0, 1, 2))(*single)
+    for number, grad in enumerate(found):
+        direction = rng.normal(size=grad.shape)
+        there, back = (
+            loss(*(a + sign * 1e-6 * direction if i == number else a for i, a in enumerate(whole)))
+            for sign, whole in ((1, (x, scale, bias)), (-1, (x, scale, bias)))
+        )
+        slope = (there - back) / 2e-6
+        assert np.sum(np.float64(grad) * direction) == pytest.approx(slope, rel=1e-5)
+
+
 def test_attention_has_products_of_bfloat16_alone():
     """In both directions; and its gradients are as far from float32's as its values are."""
     rng = np.random.default_rng(0)

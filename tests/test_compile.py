@@ -241,6 +241,16 @@ def test_a_step_for_gpus(tmp_path):
     assert 0 < values["estimate"]["step"]["best"] <= values["estimate"]["step"]["worst"]
 
 
+def test_a_compiler_without_its_libraries(monkeypatch):
+    def absent(name):
+        raise gpus.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(gpus, "plugin", lambda: "12")
+    monkeypatch.setattr(gpus.metadata, "version", absent)
+    with pytest.raises(ValueError, match="nvidia-cuda-runtime-cu12 is not installed"):
+        gpus.devices("h200", 8)
+
+
 @needs_cuda
 def test_flash_attention_for_gpus(tmp_path):
     """cuDNN's kernel is in the whole step, and keeps no attention weights."""

@@ -85,6 +85,10 @@ def test_kernels_run_one_after_another():
     made[0] = Kernel("wide of x", 3, 50e9, 1e12)
     found = estimate(replace(step, kernels=made), batch_size=80, steps=1, efficiency=0.5)
     assert found.step.best == pytest.approx(0.05 + 0.04)
+    assert found.step.worst == pytest.approx(0.06 + 0.052 + 0.01)
+    padded = [Kernel("filled up", 1, 1e9, 9e12)]  # more products than there are in the step
+    bounds = estimate(replace(step, kernels=padded), batch_size=80, steps=1, efficiency=0.5).step
+    assert bounds.best == bounds.worst == pytest.approx(0.18)
     text = report.table(replace(step, kernels=made), found, "")
     assert "the 52 GB that 7 kernels read and write, at 1000 GB/s: 52 ms" in text
     assert "each the longer of the two: 90 ms" in text and "50.00 GB: 3 x wide of x" in text
@@ -115,6 +119,17 @@ def test_parts_are_those_of_one_device():
     found = memory.parts_of(state, batch)
     assert found == {"opt_state": 8 * 8 * 4 + 4, "params": 8 * 2 * 4 + 16, "batch": 4}
     assert list(found) == ["opt_state", "params", "batch"]  # largest first
+
+
+def test_temporaries_in_one_piece(tmp_path):
+    """What a GPU takes is all of it, whatever is used of it at any one time."""
+    sizes = {"argument": 4, "output": 3, "alias": 2, "temp": 10}
+    found = SimpleNamespace(
+        **{f"{name}_size_in_bytes": size for name, size in sizes.items()}, peak_memory_in_bytes=13
+    )
+    compiled = SimpleNamespace(memory_analysis=lambda: found)
+    assert memory.of_program({}, compiled, 20, str(tmp_path)).total == 13
+    assert memory.of_program({}, compiled, 20, str(tmp_path), whole=True).total == 15
 
 
 @pytest.mark.parametrize(

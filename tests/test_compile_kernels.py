@@ -115,3 +115,44 @@ def test_the_longer_of_the_two():
     kernel = Kernel("any", 2, 6e9, 4e12)
     assert kernel.seconds(1e12, 1e9) == 6
     assert kernel.seconds(0.5e12, 1e9) == 8
+
+
+# Adds to one row of a stack in place, and reads one row of it twice.
+ADDED = """
+HloModule jit_add, is_scheduled=true
+
+%fused_add (p.0: f32[5,32], p.1: f32[1,32], p.2: s32[]) -> f32[5,32] {
+  %p.0 = f32[5,32]{1,0} parameter(0)
+  %p.1 = f32[1,32]{1,0} parameter(1)
+  %p.2 = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %row = f32[1,32]{1,0} dynamic-slice(%p.0, %p.2, %zero), dynamic_slice_sizes={1,32}
+  %sum = f32[1,32]{1,0} add(%row, %p.1)
+  ROOT %updated = f32[5,32]{1,0} dynamic-update-slice(%p.0, %sum, %p.2, %zero)
+}
+
+%fused_all (q.0: f32[32]) -> (f32[24], f32[24]) {
+  %q.0 = f32[32]{0} parameter(0)
+  %low = f32[24]{0} slice(%q.0), slice={[0:24]}
+  %high = f32[24]{0} slice(%q.0), slice={[8:32]}
+  ROOT %halves = (f32[24]{0}, f32[24]{0}) tuple(%low, %high)
+}
+
+ENTRY %main (p0: f32[5,32], p1: f32[1,32], p2: s32[], p3: f32[32]) -> (f32[5,32], f32[24]) {
+  %p0 = f32[5,32]{1,0} parameter(0)
+  %p1 = f32[1,32]{1,0} parameter(1)
+  %p2 = s32[] parameter(2)
+  %p3 = f32[32]{0} parameter(3)
+  %empty = u8[64]{0} custom-call(), custom_call_target="AllocateBuffer", metadata={op_name="jit(add)/empty"}
+  %both = (f32[24]{0}, f32[24]{0}) fusion(%p3), kind=kLoop, calls=%fused_all, metadata={op_name="jit(add)/both"}
+  %first = f32[24]{0} get-tuple-element(%both), index=0
+  %new = f32[5,32]{1,0} fusion(%p0, %p1, %p2), kind=kLoop, calls=%fused_add, metadata={op_name="jit(add)/new"}
+  ROOT %end = (f32[5,32]{1,0}, f32[24]{0}) tuple(%new, %first)
+}
+"""  # noqa: E501
+
+
+def test_a_row_is_added_to_in_place_and_no_array_is_read_twice():
+    found = {kernel.what.split("/")[-1]: kernel.bytes for kernel in kernels(Module(ADDED))}
+    row = 32 * 4
+    assert found == {"new": 3 * row + COUNTER, "both": row + 2 * 24 * 4, "empty": 64}

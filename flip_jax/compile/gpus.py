@@ -93,6 +93,7 @@ def devices(name: str, count: int) -> Sequence[Any]:
     """`count` GPUs of `GPUS[name]` in one node, to compile for.
 
     Raises:
+      ValueError: CUDA or cuDNN are not installed beside the compiler.
       jax.errors.JaxRuntimeError: the compiler refuses them.
     """
     from jax.experimental import topologies
@@ -138,6 +139,11 @@ device_description_str: "{gpu.device_kind}"
 def _version(part: str) -> tuple[int, ...]:
     """Of what is installed beside the compiler: CUDA's `runtime`, or `cudnn`."""
     cuda = plugin()
-    whole = f"cuda-runtime-cu{cuda}" if cuda == "12" else "cuda-runtime"
-    package = "nvidia-" + (whole if part == "runtime" else f"cudnn-cu{cuda}")
-    return tuple(int(number) for number in metadata.version(package).split(".")[:3])
+    runtime = "nvidia-cuda-runtime" + (f"-cu{cuda}" if cuda == "12" else "")
+    package = runtime if part == "runtime" else f"nvidia-cudnn-cu{cuda}"
+    try:
+        return tuple(int(number) for number in metadata.version(package).split(".")[:3])
+    except metadata.PackageNotFoundError:
+        raise ValueError(
+            f"{package} is not installed beside jax_cuda{cuda}_plugin; pip install 'flip_jax[gpu]'"
+        ) from None

@@ -37,7 +37,7 @@ class Instruction:
     def operands(self) -> list[str]:
         # Before the compiler has changed it a module is written without `%`, and without types.
         marked = re.findall(r"%([\w.-]+)", self.inside)
-        return marked or [name.strip() for name in self.inside.split(",")]
+        return marked or [name.strip() for name in self.inside.split(",") if name.strip()]
 
     @property
     def bytes(self) -> int:

@@ -119,11 +119,8 @@ def _bytes_of_fusion(module: Module, name: str) -> float:
     for one in inside.values():
         if one.op != "parameter":
             continue
-        used = uses(one.name)
-        if used and all(user.op in _PARTS and user.operands[0] == at for at, user in used):
-            total += sum(user.bytes for _, user in used)
-        elif not (used and all(_in_place(user, at) for at, user in used)):
-            total += one.bytes
+        read = sum(_read(user, at, one) for at, user in uses(one.name))
+        total += min(read, one.bytes)
     for result in [inside[name] for name in root.operands] if root.op == "tuple" else [root]:
         while result.op in _RENAMED and result.operands[0] in inside:
             result = inside[result.operands[0]]
@@ -132,6 +129,11 @@ def _bytes_of_fusion(module: Module, name: str) -> float:
     return total
 
 
-def _in_place(user: Instruction, value: str) -> bool:
-    """Whether it writes a part into `value` and reads nothing of it."""
-    return user.op == "dynamic-update-slice" and user.operands[0] == value
+def _read(user: Instruction, value: str, parameter: Instruction) -> float:
+    """Bytes that `user` reads of the parameter that it knows as `value`."""
+    if user.operands[0] == value:
+        if user.op in _PARTS:
+            return user.bytes
+        if user.op == "dynamic-update-slice":  # in place: it writes a part
+            return 0.0
+    return parameter.bytes

@@ -75,14 +75,23 @@ def without_temporaries(parts: dict[str, float], capacity: float | None) -> Memo
 
 
 def of_program(
-    parts: dict[str, float], compiled: jax.stages.Compiled, capacity: float | None, dump: str
+    parts: dict[str, float],
+    compiled: jax.stages.Compiled,
+    capacity: float | None,
+    dump: str,
+    whole: bool = False,
 ) -> Memory:
-    """Of a program that compiled; `dump` is the folder of the compiler's reports."""
+    """Of a program that compiled; `dump` is the folder of the compiler's reports.
+
+    Args:
+      whole: temporaries are one piece of memory, as on GPUs, so that their peak is all of it.
+    """
     found = compiled.memory_analysis()
     arguments = found.argument_size_in_bytes
     outputs = found.output_size_in_bytes - found.alias_size_in_bytes
     # On TPU `temp_size_in_bytes` is not what is taken at any one time; the peak is.
-    total = found.peak_memory_in_bytes or arguments + outputs + found.temp_size_in_bytes
+    peak = 0 if whole else found.peak_memory_in_bytes
+    total = peak or arguments + outputs + found.temp_size_in_bytes
     temporaries = max(total - arguments - outputs, 0)
     return Memory(parts, arguments, temporaries, outputs, total, capacity, largest_buffers(dump))
 

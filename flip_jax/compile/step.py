@@ -134,7 +134,7 @@ def compile_step(
         )
     device = devices[0]
     chip = chip_of(device)
-    capacity = chip.hbm_bytes if chip else _capacity(device)
+    capacity = _capacity(device) if topology.is_here(device) else chip and chip.hbm_bytes
     compiled = train.Compiled(cfg, mesh, steps_per_epoch, steps)
     inputs = abstract_batch(cfg, mesh), abstract_tokenizer(cfg, mesh)
     step = CompiledStep(
@@ -194,7 +194,7 @@ def _compile(
         program, xla_flops = None, None
         try:
             program = lowered.compile(compiler_options=options)
-            used = memory.of_program(parts, program, capacity, dump)
+            used = memory.of_program(parts, program, capacity, dump, whole=platforms == ("cuda",))
             xla_flops = (program.cost_analysis() or {}).get("flops")
         except jax.errors.JaxRuntimeError as error:
             used = memory.of_failure(parts, str(error), capacity, dump)

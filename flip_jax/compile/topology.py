@@ -49,9 +49,9 @@ CHIPS = {
     "TPU v6 lite": Chip("TPU v6e", "tpu", 31.25 * 2**30, 1638e9, 400e9, 25.6e12 / 8 / 256),
     "TPU v5": Chip("TPU v5p", "tpu", 95.74 * 2**30, 2765e9, 600e9, 50e9 / 8),
     "TPU v4": Chip("TPU v4", "tpu", 30.75 * 2**30, 1200e9, 1.1e15 / 4096, None),
-    "NVIDIA A100": _gpu("a100", nvlink=300e9),
-    "NVIDIA H100": _gpu("h100", nvlink=450e9),
-    "NVIDIA H200": _gpu("h200", nvlink=450e9),
+    gpus.GPUS["a100"].device_kind: _gpu("a100", nvlink=300e9),
+    gpus.GPUS["h100"].device_kind: _gpu("h100", nvlink=450e9),
+    gpus.GPUS["h200"].device_kind: _gpu("h200", nvlink=450e9),
 }
 
 # Generation -> shapes. All that can be rented of v5e and v6e; of v4 and v5p the common ones.
@@ -166,10 +166,14 @@ def devices(name: str | None, slices: int = 1) -> Sequence[Any]:
 
 def options(device: Any) -> dict[str, Any]:
     """The compiler's options for a device that need not be there."""
+    return {} if is_here(device) or device.platform != "gpu" else dict(gpus.OPTIONS)
+
+
+def is_here(device: Any) -> bool:
+    """Whether a program can run on it."""
     import jax
 
-    here = any(device is one for one in jax.devices())
-    return {} if here or device.platform != "gpu" else dict(gpus.OPTIONS)
+    return any(device is one for one in jax.devices())
 
 
 def chip_of(device: Any) -> Chip | None:

@@ -37,7 +37,34 @@ class LayerNorm(nnx.LayerNorm):
         self.out_dtype = dtype
 
     def __call__(self, x: Array) -> Array:
-        return super().__call__(x).astype(self.out_dtype)
+        normed = _normed(x, self.scale[...], self.bias[...], self.epsilon)
+        return normed.astype(self.out_dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _normed(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
+    """Float32 [..., width]; for the gradient it keeps x, in its dtype, and two numbers of a row."""
+    return _normed_forward(x, scale, bias, epsilon)[0]
+
+
+def _normed_forward(x: Array, scale: Array, bias: Array, epsilon: float):
+    wide = x.astype(jnp.float32)
+    mean = jnp.mean(wide, axis=-1, keepdims=True)
+    factor = jax.lax.rsqrt(jnp.mean((wide - mean) ** 2, axis=-1, keepdims=True) + epsilon)
+    return (wide - mean) * (factor * scale) + bias, (x, mean, factor, scale)
+
+
+def _normed_gradient(epsilon: float, kept: tuple[Array, ...], grad: Array):
+    x, mean, factor, scale = kept
+    unit = (x.astype(jnp.float32) - mean) * factor
+    inner = grad * scale
+    along = jnp.mean(inner * unit, axis=-1, keepdims=True)
+    rows = tuple(range(grad.ndim - 1))
+    to_x = factor * (inner - jnp.mean(inner, axis=-1, keepdims=True) - unit * along)
+    return to_x.astype(x.dtype), jnp.sum(grad * unit, axis=rows), jnp.sum(grad, axis=rows)
+
+
+_normed.defvjp(_normed_forward, _normed_gradient)
 
 
 class Linear(nnx.Linear):
@@ -108,11 +135,23 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
     halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(*x.shape[:-1], -1)
     # Wider for the comparison: with a rate near 0 the limit is 2^16 itself.
     keep = halves[..., : x.shape[-1]].astype(jnp.uint32) < round((1.0 - rate) * 2**16)
+    return _kept(x, keep, rate)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _kept(x: Array, keep: Array, rate: float) -> Array:
+    """x / (1 - rate) where `keep`, else 0; its gradient keeps no more than `keep`."""
     # Not in bfloat16, in which 1 - 0.1 is 0.898.
     scaled = (x.astype(jnp.float32) / (1.0 - rate)).astype(x.dtype)
     # Not `where`: its zeros are the same in all layers, so that a scan fills an array with them
     # once and reads it in each.
     return scaled * keep.astype(x.dtype)
+
+
+_kept.defvjp(
+    lambda x, keep, rate: (_kept(x, keep, rate), keep),
+    lambda rate, keep, grad: (_kept(grad, keep, rate), None),
+)
 
 
 class Mlp(nnx.Module):
@@ -137,15 +176,21 @@ class Mlp(nnx.Module):
         return self.down(self.activation(self.up(x)))
 
 
-def quick_gelu(x: Array) -> Array:
-    """x * sigmoid(1.702 x), CLIP's activation; float32 inside."""
-    wide = x.astype(jnp.float32)
-    return (wide * jax.nn.sigmoid(1.702 * wide)).astype(x.dtype)
+def _activation(inside: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """An elementwise function, float32 inside, that keeps its argument alone for the gradient."""
+
+    def call(x: Array) -> Array:
+        return inside(x.astype(jnp.float32)).astype(x.dtype)
+
+    kept = jax.custom_vjp(call)
+    kept.defvjp(lambda x: (call(x), x), lambda x, grad: jax.vjp(call, x)[1](grad))
+    return kept
 
 
-def exact_gelu(x: Array) -> Array:
-    """The erf form, BERT's activation (jax.nn.gelu defaults to the tanh form); float32 inside."""
-    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
+# CLIP's activation.
+quick_gelu = _activation(lambda x: x * jax.nn.sigmoid(1.702 * x))
+# The erf form, BERT's activation (jax.nn.gelu defaults to the tanh form).
+exact_gelu = _activation(lambda x: jax.nn.gelu(x, approximate=False))
 
 
 def stack_blocks(make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs):
