@@ -32,8 +32,7 @@ class LayerNorm(nnx.LayerNorm):
     """
 
     def __init__(self, width: int, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs):
-        options = {"epsilon": epsilon, "use_fast_variance": False, "dtype": jnp.float32}
-        super().__init__(width, **options, rngs=rngs)
+        super().__init__(width, epsilon=epsilon, rngs=rngs)
         self.out_dtype = dtype
 
     def __call__(self, x: Array) -> Array:
