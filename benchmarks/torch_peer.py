@@ -361,8 +361,9 @@ def draw_negatives(weights: Tensor) -> Tensor:
     Raises:
         ValueError: A row has no positive weight (all `idx` equal, or underflow).
     """
-    barren = (weights.sum(dim=1) <= 0).nonzero().flatten().tolist()
-    if barren:
+    # Not on a GPU, which would be waited for; its multinomial refuses such rows by itself.
+    barren = (weights.sum(dim=1) <= 0).nonzero().flatten() if weights.is_cpu else ()
+    if barren := [int(row) for row in barren]:
         raise ValueError(
             f"rows {barren} have no possible negative: every other row of the batch has the same "
             "idx or a weight that underflows; use batches with at least two different idx"
@@ -389,10 +390,14 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.05) -> t
     )
 
 
-def compile_layers(model: TorchFlip) -> None:
+def compile_layers(model: TorchFlip, backend: str = "inductor") -> None:
     """Has `torch.compile` make kernels for the layers of all towers, once for all of a kind.
 
     A layer is what it fuses; whole towers take minutes to compile and hold nothing else to fuse.
+
+    Args:
+        model: Its layers are compiled when they are next called.
+        backend: Of `torch.compile`.
     """
     torch.compiler.reset()
     # Both kinds of layers count as one function: in two towers each, with and without an image.
@@ -400,7 +405,7 @@ def compile_layers(model: TorchFlip) -> None:
     for towers in (model.online, model.twin):
         layers = *towers.visual_encoder.encoder.layers, *towers.text_encoder.encoder.layer
         for layer in layers:
-            layer.compile(dynamic=False)
+            layer.compile(dynamic=False, backend=backend)
 
 
 def train_step(

@@ -6,9 +6,11 @@
 their libraries share folders: `jax[cuda13]` beside a PyTorch for CUDA 13. Both sides run the same
 recipe as there at base size, in bfloat16: flip_jax with `model.remat=dots`; the peer,
 `torch_peer.py`, under autocast with fused attention, fused AdamW and `torch.compile`. The losses of
-the smallest batch are compared first, without dropout, with given negatives. Then each side is
-timed in a process of its own, which has all of the memory: medians of three times --steps steps, of
-which only the last is waited for. Rows are printed as they are measured.
+the smallest batch are compared first, without dropout, with given negatives, in compiled layers.
+Then each side is timed in a process of its own, which has all of the memory: medians of three times
+--steps steps, of which we wait for the last alone. (Inside the peer's step `transformers` waits for
+the mask of each text pass.) Rows are printed as they are measured. `torch.compile` needs a C
+compiler and Python's headers.
 
 `MFU` is what `metrics.model_flops_per_pair` counts, for both sides on flip_jax's columns, by the
 rate of one large product in bfloat16 in the same run; the data sheet's rate is in the last line,
@@ -52,10 +54,13 @@ _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "ALLOC_FAILED")
 def main(args: argparse.Namespace) -> None:
     cfg = train_step.our_config(1, train_step.DROPOUT, "bfloat16")
     lengths = [
-        (kind, size, train_step.padded_batch(kind, size)["token_mask"].sum(axis=1).tolist())
+        (kind, size, train_step.lengths_of(kind, size).tolist())
         for size in sorted(args.batch or BATCHES)
         for kind in args.captions
     ]
+    for size in args.batch or ():
+        if cfg.loss.queue_size % size:
+            raise SystemExit(f"--batch {size}: must divide the queue of {cfg.loss.queue_size}")
     name = card()
     print(name, flush=True)
     result = measure(cfg, lengths, args.steps or 10)
@@ -65,7 +70,8 @@ def main(args: argparse.Namespace) -> None:
 def card() -> str:
     """As `nvidia-smi` names it: its name, driver and memory."""
     fields = "--query-gpu=name,driver_version,memory.total"
-    command = ["nvidia-smi", "--id=0", fields, "--format=csv,noheader"]
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    command = ["nvidia-smi", f"--id={first}", fields, "--format=csv,noheader"]
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -109,7 +115,9 @@ def measure(
 def _environment(job: str) -> dict[str, str]:
     """JAX leaves the GPU alone beside the peer, and may have nearly all of it otherwise."""
     if job == PEER:
-        return os.environ | {"JAX_PLATFORMS": "cpu"}
+        name = "PYTORCH_CUDA_ALLOC_CONF"  # else it can fail for want of one large piece
+        own = {name: os.environ.get(name, "expandable_segments:True")}
+        return os.environ | {"JAX_PLATFORMS": "cpu"} | own
     given = {n: v for n, v in os.environ.items() if n != "XLA_PYTHON_CLIENT_PREALLOCATE"}
     if any(name.endswith("CLIENT_MEM_FRACTION") for name in given):
         return given
@@ -125,17 +133,18 @@ class Job:
         self.cfg = config.from_dict(plan["config"])
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def batches(self) -> Iterator[tuple[str, int, dict[str, np.ndarray]]]:
+    def batches(self, only: int | None = None) -> Iterator[tuple[str, int, dict[str, np.ndarray]]]:
+        """Kind, size and what is in it; of one size or of all."""
+        side = self.cfg.model.vision.image_size
         for kind, size, tokens in self.lengths:
-            side = self.cfg.model.vision.image_size
-            yield kind, size, steps.make_batch(np.asarray(tokens), side=side)
+            if only in (None, size):
+                yield kind, size, steps.make_batch(np.asarray(tokens), side=side)
 
     def smallest(self) -> dict[str, dict[str, np.ndarray]]:
         """One of each kind, with negatives."""
         least = self.lengths[0][1]
-        found = {kind: batch for kind, size, batch in self.batches() if size == least}
-        drawn = (np.arange(least) + 1) % least
-        return {kind: each | {"negatives": drawn} for kind, each in found.items()}
+        drawn = {"negatives": (np.arange(least) + 1) % least}
+        return {kind: batch | drawn for kind, _, batch in self.batches(least)}
 
     def losses(self) -> None:
         """Writes the weights that both sides start with, and the losses of our steps on them."""
@@ -159,28 +168,29 @@ class Job:
         peer.load_official(load_file(self.folder / "start.safetensors"))
         peer = peer.to(self.device)
         optimizer = torch_peer.make_optimizer(peer, lr=self.cfg.optim.lr)
+        # On a CPU, where this is only tried out, nothing need be fast.
+        backend = "inductor" if self.device == "cuda" else "eager"
+        torch_peer.compile_layers(peer, backend)
         self._assert_same_losses(peer, optimizer)
-        rows, compiled = [], None
+        rows, compiled = [], self.lengths[0][1]
         for kind, size, padded in self.batches():
             batch = self._to_torch(padded)
             peer.ptr_queue.zero_()  # or another size of batch would wrap inside one
-            if self.device == "cuda":
-                if size != compiled:
-                    torch_peer.compile_layers(peer)
-                    compiled = size
-                gc.collect()
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
+            if size != compiled:
+                torch_peer.compile_layers(peer, backend)
+                compiled = size
+            gc.collect()
+            torch.cuda.empty_cache()
 
             def several(batch: dict[str, torch.Tensor] = batch) -> None:
                 for _ in range(self.count):
                     out = torch_peer.update(peer, optimizer, batch, steps.ALPHA, torch.bfloat16)
                 out["loss_itm"].item()
 
-            seconds = times(several, self.count)
-            cuda = self.device == "cuda" and seconds is not None
-            memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
-            rows.append(self._row(PEER, kind, size, seconds, memory, self._rate()))
+            found = times(several, self.count, self._forget_peak)
+            cuda = self.device == "cuda" and "error" not in found
+            found["gib"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+            rows.append(self._row(PEER, kind, size, found, self._rate()))
         (self.folder / f"{PEER}.json").write_text(json.dumps({"rows": rows}))
 
     def flip_jax(self) -> None:
@@ -188,9 +198,9 @@ class Job:
         rate, rows = self._rate(), []
         for kind, size, padded in self.batches():
             step, batch = steps.Step(with_batch(self.cfg, size)), jax.device_put(steps.cut(padded))
-            seconds = times(lambda step=step, batch=batch: step(batch, self.count), self.count)
-            memory = None if seconds is None else step.memory(batch)["all"] / 2**10
-            rows.append(self._row(OURS, kind, size, seconds, memory, rate))
+            found = times(lambda step=step, batch=batch: step(batch, self.count), self.count)
+            found["gib"] = None if "error" in found else step.memory(batch)["all"] / 2**10
+            rows.append(self._row(OURS, kind, size, found, rate))
             del step, batch  # or two states would be there at a time
         result = {"rows": rows, "product_flops": rate, "peak_flops": peak_flops(jax.devices()[0])}
         versions = {"jax": jax.__version__, "torch": torch.__version__}
@@ -204,10 +214,14 @@ class Job:
             batch = self._to_torch(batch) | {"negatives": (given, given)}
             theirs = torch_peer.train_step(peer, optimizer, batch, steps.ALPHA, torch.bfloat16)
             for name, value in ours[kind].items():
-                if abs(value - theirs[name]) > MOST:
+                if not abs(value - theirs[name]) <= MOST:  # so is NaN
                     raise AssertionError(f"{kind}, {name}: {value}, PyTorch {theirs[name]}")
             print(f"{kind:8} same losses: {ours[kind]}", flush=True)
         train_step.set_dropout(peer, self.cfg.model.text.dropout)
+
+    def _forget_peak(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
 
     def _to_torch(self, batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
         return {n: value.to(self.device) for n, value in train_step.torch_batch(batch).items()}
@@ -220,33 +234,36 @@ class Job:
         return json.loads(path.read_text())
 
     def _row(
-        self,
-        side: str,
-        kind: str,
-        size: int,
-        seconds: list[float] | None,
-        memory: float | None,
-        rate: float,
+        self, side: str, kind: str, size: int, found: dict[str, Any], rate: float
     ) -> dict[str, Any]:
+        """Prints and returns what was `found`, with what follows from it."""
         tokens = next(t for k, s, t in self.lengths if (k, s) == (kind, size))
         mask = np.arange(65) < np.asarray(tokens)[:, None]
         columns = steps.cut({"token_ids": np.zeros(mask.shape, np.int32), "token_mask": mask})
         columns = columns["token_ids"].shape[1]
         flops = model_flops_per_pair(with_batch(self.cfg, size), columns) * size
-        row = _numbers(size, seconds, memory, flops / rate) | {"columns": columns}
-        print(f"{kind:8} {size:5} {side:9} {_line(row)}", flush=True)
+        row = {"side": side, "columns": columns} | _numbers(size, found, flops / rate)
+        print(f"{kind:8} {size:5} {side:9} {_line(row)}\n{json.dumps(row)}", flush=True)
         return row
 
 
-def times(several: Callable[[], object], count: int) -> list[float] | None:
-    """Seconds of one of `count` steps in each round, after a first one; None: out of memory."""
+def times(
+    several: Callable[[], object], count: int, warm: Callable[[], object] = lambda: None
+) -> dict[str, Any]:
+    """`all`, seconds of one of `count` steps in each round; or the `error`: out of memory.
+
+    Args:
+      several: does `count` steps.
+      warm: called between a first round, which does not count, and the others.
+    """
     try:
         several()
-        return [steps.timed(several) / count for _ in range(ROUNDS)]
+        warm()
+        return {"all": [steps.timed(several) / count for _ in range(ROUNDS)]}
     except RuntimeError as error:  # of which those of JAX and PyTorch are kinds
         if not any(words in str(error) for words in _OUT_OF_MEMORY):
             raise
-        return None
+        return {"error": f"out of memory: {str(error).splitlines()[0]}"}
 
 
 def product_rate(side: int, count: int = 10) -> float:
@@ -267,16 +284,17 @@ def with_batch(cfg: config.Config, size: int) -> config.Config:
     return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch_size=size))
 
 
-def _numbers(
-    size: int, seconds: list[float] | None, memory: float | None, least: float
-) -> dict[str, Any]:
-    """Of one side; `least` seconds if nothing but the model's products took any time."""
-    numbers = {"gib": memory, "gib_per_pair": memory and memory / size}
-    if seconds is None:
-        return numbers | {"error": "out of memory"}
-    median = statistics.median(seconds)
-    rates = {"pairs_per_second": size / median, "mfu": least / median}
-    return numbers | {"seconds": median, "all": seconds} | rates
+def _numbers(size: int, found: dict[str, Any], least: float) -> dict[str, Any]:
+    """`found` and more; `least` seconds if nothing but the model's products took any time."""
+    numbers = found | {"gib_per_pair": found["gib"] and found["gib"] / size}
+    if "error" in found:
+        return numbers
+    median = statistics.median(found["all"])
+    return numbers | {
+        "seconds": median,
+        "pairs_per_second": size / median,
+        "mfu": least / median,
+    }
 
 
 def _line(numbers: dict[str, Any]) -> str:

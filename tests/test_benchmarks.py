@@ -86,6 +86,7 @@ def test_a_batch_that_a_card_has_no_room_for(gpu, message):
     def fail(error):
         raise error
 
-    assert gpu.times(lambda: fail(RuntimeError(message)), 1) is None
+    found = gpu.times(lambda: fail(RuntimeError(f"{message}\nmore")), 1)
+    assert found == {"error": f"out of memory: {message}"}
     with pytest.raises(RuntimeError, match="something else"):
         gpu.times(lambda: fail(RuntimeError("something else")), 1)

@@ -138,6 +138,19 @@ HloModule jit_add, is_scheduled=true
   ROOT %halves = (f32[24]{0}, f32[24]{0}) tuple(%low, %high)
 }
 
+%fused_scatter (r.0: f32[90,32], r.1: s32[4,1], r.2: f32[4,32]) -> f32[90,32] {
+  %r.0 = f32[90,32]{1,0} parameter(0)
+  %r.1 = s32[4,1]{1,0} parameter(1)
+  %r.2 = f32[4,32]{1,0} parameter(2)
+  ROOT %scattered = f32[90,32]{1,0} scatter(%r.0, %r.1, %r.2), update_window_dims={1}, to_apply=%add
+}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum.1 = f32[] add(%a, %b)
+}
+
 ENTRY %main (p0: f32[5,32], p1: f32[1,32], p2: s32[], p3: f32[32]) -> (f32[5,32], f32[24]) {
   %p0 = f32[5,32]{1,0} parameter(0)
   %p1 = f32[1,32]{1,0} parameter(1)
@@ -147,6 +160,10 @@ ENTRY %main (p0: f32[5,32], p1: f32[1,32], p2: s32[], p3: f32[32]) -> (f32[5,32]
   %both = (f32[24]{0}, f32[24]{0}) fusion(%p3), kind=kLoop, calls=%fused_all, metadata={op_name="jit(add)/both"}
   %first = f32[24]{0} get-tuple-element(%both), index=0
   %new = f32[5,32]{1,0} fusion(%p0, %p1, %p2), kind=kLoop, calls=%fused_add, metadata={op_name="jit(add)/new"}
+  %table = f32[90,32]{1,0} broadcast(%p2), dimensions={}, metadata={op_name="jit(add)/zeros"}
+  %index = s32[4,1]{1,0} bitcast(%p2)
+  %rows = f32[4,32]{1,0} bitcast(%p3)
+  %scatter = f32[90,32]{1,0} fusion(%table, %index, %rows), kind=kInput, calls=%fused_scatter, metadata={op_name="jit(add)/scatter"}
   ROOT %end = (f32[5,32]{1,0}, f32[24]{0}) tuple(%new, %first)
 }
 """  # noqa: E501
@@ -155,4 +172,7 @@ ENTRY %main (p0: f32[5,32], p1: f32[1,32], p2: s32[], p3: f32[32]) -> (f32[5,32]
 def test_a_row_is_added_to_in_place_and_no_array_is_read_twice():
     found = {kernel.what.split("/")[-1]: kernel.bytes for kernel in kernels(Module(ADDED))}
     row = 32 * 4
-    assert found == {"new": 3 * row + COUNTER, "both": row + 2 * 24 * 4, "empty": 64}
+    assert found == {
+        **{"new": 3 * row + COUNTER, "both": row + 2 * 24 * 4},
+        **{"zeros": COUNTER + 90 * row, "scatter": 4 * 4 + (1 + 2) * 4 * row},
+    }

@@ -145,5 +145,6 @@ def _version(part: str) -> tuple[int, ...]:
         return tuple(int(number) for number in metadata.version(package).split(".")[:3])
     except metadata.PackageNotFoundError:
         raise ValueError(
-            f"{package} is not installed beside jax_cuda{cuda}_plugin; pip install 'flip_jax[gpu]'"
+            f"{package} is not installed beside jax_cuda{cuda}_plugin; "
+            f"pip install 'jax[cuda{cuda}]=={metadata.version('jax')}'"
         ) from None

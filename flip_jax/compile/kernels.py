@@ -57,6 +57,8 @@ def kernels(module: Module) -> list[Kernel]:
     for computation, instruction, times in module.executed():
         if computation in fused or _NONE.match(instruction.op):
             continue
+        if '"AllocateBuffer"' in instruction.attributes:
+            continue
         moved = _bytes(module, computation, instruction)
         flops = _flops(module, computation, instruction)
         source = _SOURCE.search(instruction.attributes)
@@ -124,9 +126,17 @@ def _bytes_of_fusion(module: Module, name: str) -> float:
     for result in [inside[name] for name in root.operands] if root.op == "tuple" else [root]:
         while result.op in _RENAMED and result.operands[0] in inside:
             result = inside[result.operands[0]]
-        update = result.op == "dynamic-update-slice"
-        total += inside[result.operands[1]].bytes if update else result.bytes
+        total += _written(result, inside)
     return total
+
+
+def _written(result: Instruction, inside: dict[str, Instruction]) -> float:
+    """Bytes of a result of a fusion; of one that is written into in place, what is written."""
+    if result.op == "dynamic-update-slice":
+        return inside[result.operands[1]].bytes
+    if result.op == "scatter" and len(result.operands) == 3:  # adds: there and back
+        return 2.0 * inside[result.operands[2]].bytes
+    return result.bytes
 
 
 def _read(user: Instruction, value: str, parameter: Instruction) -> float:
@@ -134,6 +144,6 @@ def _read(user: Instruction, value: str, parameter: Instruction) -> float:
     if user.operands[0] == value:
         if user.op in _PARTS:
             return user.bytes
-        if user.op == "dynamic-update-slice":  # in place: it writes a part
+        if user.op in ("dynamic-update-slice", "scatter"):  # in place
             return 0.0
     return parameter.bytes

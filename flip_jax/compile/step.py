@@ -181,6 +181,7 @@ def _compile(
     """`inputs` of the step beside the state; `platforms` to compile for, None = that of the devices
     here; `options` of the compiler."""
     parts, capacity = step.memory.parts, step.memory.capacity
+    on_gpu = step.device_kind.startswith("NVIDIA")
     start = time.perf_counter()
     traced = compiled.step.trace(compiled.target, *inputs)
     lowered = traced.lower(lowering_platforms=platforms)
@@ -194,7 +195,7 @@ def _compile(
         program, xla_flops = None, None
         try:
             program = lowered.compile(compiler_options=options)
-            used = memory.of_program(parts, program, capacity, dump, whole=platforms == ("cuda",))
+            used = memory.of_program(parts, program, capacity, dump, whole=on_gpu)
             xla_flops = (program.cost_analysis() or {}).get("flops")
         except jax.errors.JaxRuntimeError as error:
             used = memory.of_failure(parts, str(error), capacity, dump)
@@ -219,7 +220,7 @@ def _compile(
         xla_flops=xla_flops,
         collectives=None if exchanged is None else summed(exchanged),
         heaviest=(exchanged or [])[:5],
-        kernels=kernels(exchanges) if exchanges and platforms == ("cuda",) else None,
+        kernels=kernels(exchanges) if exchanges and on_gpu else None,
         unknown_loops=max((len(m.unknown_loops) for m in (products, exchanges) if m), default=0),
         compile_seconds=seconds,
         host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0,
