@@ -172,9 +172,7 @@ TRIALS = {"filled patches": filled_patches, "fused QKV": fused_qkv}
 
 def main() -> None:
     steps.keep_programs()
-    # Of a GPU's memory, where each variant has a state of its own.
-    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
-        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
+    steps.take_gpu_memory(os.environ)  # each variant has a state of its own
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     gpu = jax.default_backend() == "gpu"
     parser.add_argument("--batch", type=int, default=128 if gpu else 4)

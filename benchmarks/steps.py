@@ -6,7 +6,7 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,13 @@ def keep_programs() -> None:
     megabyte each. JAX_COMPILATION_CACHE_DIR names another folder; set to nothing it turns that off.
     """
     keep_compiled(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flip_jax")
+
+
+def take_gpu_memory(environment: MutableMapping[str, str]) -> None:
+    """JAX may have nearly all of a GPU's memory, if the environment that it starts in says nothing
+    else."""
+    if not any(name.endswith("CLIENT_MEM_FRACTION") for name in environment):
+        environment["XLA_CLIENT_MEM_FRACTION"] = "0.95"
 
 
 def our_config(batch: int, dropout: float = 0.1) -> Config:

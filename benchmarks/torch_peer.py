@@ -359,13 +359,14 @@ def draw_negatives(weights: Tensor) -> Tensor:
     """One column per row, drawn with probability proportional to `weights` [B, B] -> [B] int64.
 
     Raises:
-        ValueError: A row has no positive weight (all `idx` equal, or underflow).
+        ValueError: On a CPU, a row has no positive weight (all `idx` equal, or underflow).
     """
-    # Not on a GPU, which would be waited for; its multinomial refuses such rows by itself.
-    barren = (weights.sum(dim=1) <= 0).nonzero().flatten() if weights.is_cpu else ()
-    if barren := [int(row) for row in barren]:
+    barren = weights.sum(dim=1) <= 0
+    # A GPU would be waited for here; its multinomial refuses such rows by itself.
+    if weights.is_cpu and barren.any():
+        rows = barren.nonzero().flatten().tolist()
         raise ValueError(
-            f"rows {barren} have no possible negative: every other row of the batch has the same "
+            f"rows {rows} have no possible negative: every other row of the batch has the same "
             "idx or a weight that underflows; use batches with at least two different idx"
         )
     return torch.multinomial(weights, 1).squeeze(1)

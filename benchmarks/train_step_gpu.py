@@ -119,9 +119,8 @@ def _environment(job: str) -> dict[str, str]:
         own = {name: os.environ.get(name, "expandable_segments:True")}
         return os.environ | {"JAX_PLATFORMS": "cpu"} | own
     given = {n: v for n, v in os.environ.items() if n != "XLA_PYTHON_CLIENT_PREALLOCATE"}
-    if any(name.endswith("CLIENT_MEM_FRACTION") for name in given):
-        return given
-    return given | {"XLA_CLIENT_MEM_FRACTION": "0.95"}
+    steps.take_gpu_memory(given)
+    return given
 
 
 class Job:
@@ -190,21 +189,22 @@ class Job:
             found = times(several, self.count, self._forget_peak)
             cuda = self.device == "cuda" and "error" not in found
             found["gib"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
-            rows.append(self._row(PEER, kind, size, found, self._rate()))
+            rows.append(self._row(PEER, kind, padded, found))
         (self.folder / f"{PEER}.json").write_text(json.dumps({"rows": rows}))
 
     def flip_jax(self) -> None:
         """Times our side."""
-        rate, rows = self._rate(), []
+        rows = []
         for kind, size, padded in self.batches():
             step, batch = steps.Step(with_batch(self.cfg, size)), jax.device_put(steps.cut(padded))
             found = times(lambda step=step, batch=batch: step(batch, self.count), self.count)
             found["gib"] = None if "error" in found else step.memory(batch)["all"] / 2**10
-            rows.append(self._row(OURS, kind, size, found, rate))
+            rows.append(self._row(OURS, kind, padded, found))
             del step, batch  # or two states would be there at a time
-        result = {"rows": rows, "product_flops": rate, "peak_flops": peak_flops(jax.devices()[0])}
-        versions = {"jax": jax.__version__, "torch": torch.__version__}
-        (self.folder / f"{OURS}.json").write_text(json.dumps(result | versions))
+        result = {"rows": rows, "product_flops": self._rate()}
+        result |= {"peak_flops": peak_flops(jax.devices()[0])}
+        result |= {"jax": jax.__version__, "torch": torch.__version__}
+        (self.folder / f"{OURS}.json").write_text(json.dumps(result))
 
     def _assert_same_losses(self, peer: Any, optimizer: Any) -> None:
         ours = json.loads((self.folder / "losses.json").read_text())
@@ -234,15 +234,12 @@ class Job:
         return json.loads(path.read_text())
 
     def _row(
-        self, side: str, kind: str, size: int, found: dict[str, Any], rate: float
+        self, side: str, kind: str, padded: dict[str, np.ndarray], found: dict[str, Any]
     ) -> dict[str, Any]:
-        """Prints and returns what was `found`, with what follows from it."""
-        tokens = next(t for k, s, t in self.lengths if (k, s) == (kind, size))
-        mask = np.arange(65) < np.asarray(tokens)[:, None]
-        columns = steps.cut({"token_ids": np.zeros(mask.shape, np.int32), "token_mask": mask})
-        columns = columns["token_ids"].shape[1]
+        """Prints and returns what was `found` of a batch, with what follows from it."""
+        size, columns = len(padded["group"]), steps.cut(padded)["token_ids"].shape[1]
         flops = model_flops_per_pair(with_batch(self.cfg, size), columns) * size
-        row = {"side": side, "columns": columns} | _numbers(size, found, flops / rate)
+        row = {"side": side, "columns": columns} | _numbers(size, found, flops / self._rate())
         print(f"{kind:8} {size:5} {side:9} {_line(row)}\n{json.dumps(row)}", flush=True)
         return row
 

@@ -90,3 +90,21 @@ def test_a_batch_that_a_card_has_no_room_for(gpu, message):
     assert found == {"error": f"out of memory: {message}"}
     with pytest.raises(RuntimeError, match="something else"):
         gpu.times(lambda: fail(RuntimeError("something else")), 1)
+
+
+def test_what_the_ablation_tries():
+    pytest.importorskip("torch", reason="the peer of the benchmarks is PyTorch")
+    ablation = importlib.import_module("benchmarks.ablation")
+    cpu = ablation.steps.half_config(4)
+    gpu = ablation.with_model(cpu, dtype="bfloat16", remat="dots")
+    on_cpu, on_gpu = ablation.variants(cpu, gpu=False), ablation.variants(gpu, gpu=True)
+    assert set(on_cpu) - set(on_gpu) == {"remat dots", "bfloat16"}
+    assert set(on_gpu) - set(on_cpu) == {"remat none", "float32", "flash"}
+    assert on_gpu["remat none"][0].model.remat == "none"
+    assert on_gpu["flash"][0].model.vision.attention == "flash"
+    assert list(ablation.chosen_of(on_gpu, ["flash"])) == ["all levers", "flash"]
+    assert ablation.chosen_of(on_gpu, None) == on_gpu
+    with pytest.raises(SystemExit, match=r"no \['slow'\]; there are \['all levers', "):
+        ablation.chosen_of(on_gpu, ["slow"])
+    with pytest.raises(AssertionError, match="flash: loss is nan"):
+        ablation.assert_same("flash", {"loss": float("nan")}, {"loss": 1.0}, 0.05)

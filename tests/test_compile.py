@@ -173,7 +173,7 @@ def test_chips_have_a_peak():
     assert topology.chip_of(SimpleNamespace(device_kind="cpu")) is None
     for gpu in gpus.GPUS.values():
         chip = topology.chip_of(SimpleNamespace(device_kind=gpu.device_kind))
-        assert chip.platform == "cuda" and chip.hbm_bytes == 0.75 * gpu.memory
+        assert chip.hbm_bytes == 0.75 * gpu.memory
         assert chip.hbm_bandwidth == gpu.bandwidth
 
 

@@ -20,7 +20,7 @@ from flip_jax.compile.topology import Chip
 from flip_jax.config import Config, MeshConfig, OptimConfig, validate
 
 GIB = 2**30
-CHIP = Chip("made up", "tpu", 16 * GIB, hbm_bandwidth=1e12, ici_bandwidth=1e11, dcn_bandwidth=1e9)
+CHIP = Chip("made up", 16 * GIB, hbm_bandwidth=1e12, ici_bandwidth=1e11, dcn_bandwidth=1e9)
 
 
 def made_up(**changes):

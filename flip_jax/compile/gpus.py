@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
@@ -43,6 +43,17 @@ class Gpu:
 OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 _MIB = 2**20
+_H100 = Gpu(
+    "NVIDIA H100 80GB HBM3",
+    (9, 0),
+    81_559 * _MIB,
+    3.35e12,
+    cores=132,
+    lanes=128,
+    shared_memory=228 * 2**10,
+    l2_cache=50 * _MIB,
+    clock=1.98,
+)
 GPUS = {
     "a100": Gpu(
         "NVIDIA A100-SXM4-80GB",
@@ -55,28 +66,9 @@ GPUS = {
         l2_cache=40 * _MIB,
         clock=1.41,
     ),
-    "h100": Gpu(
-        "NVIDIA H100 80GB HBM3",
-        (9, 0),
-        81_559 * _MIB,
-        3.35e12,
-        cores=132,
-        lanes=128,
-        shared_memory=228 * 2**10,
-        l2_cache=50 * _MIB,
-        clock=1.98,
-    ),
-    "h200": Gpu(
-        "NVIDIA H200",
-        (9, 0),
-        143_771 * _MIB,
-        4.8e12,
-        cores=132,
-        lanes=128,
-        shared_memory=228 * 2**10,
-        l2_cache=50 * _MIB,
-        clock=1.98,
-    ),
+    "h100": _H100,
+    # The same processor with more memory.
+    "h200": replace(_H100, device_kind="NVIDIA H200", memory=143_771 * _MIB, bandwidth=4.8e12),
 }
 
 

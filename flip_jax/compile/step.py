@@ -148,8 +148,7 @@ def compile_step(
         model_flops=model_flops_per_pair(cfg) * rows / mesh.size,
     )
     if step.memory.fits is not False:
-        platforms = (chip.platform,) if chip else None
-        step = _compile(step, compiled, inputs, platforms, topology.options(device))
+        step = _compile(step, compiled, inputs, *topology.target(device))
     if step.memory.fits is False:
         sizes = _state_sizes(compiled.target, inputs, devices, slices)
         lines = memory.advice(cfg, step.memory, step.chips, sizes)
@@ -178,8 +177,7 @@ def _compile(
     platforms: tuple[str, ...] | None,
     options: dict[str, Any],
 ) -> CompiledStep:
-    """`inputs` of the step beside the state; `platforms` to compile for, None = that of the devices
-    here; `options` of the compiler."""
+    """`inputs` of the step beside the state; `platforms` and `options` as `topology.target`."""
     parts, capacity = step.memory.parts, step.memory.capacity
     on_gpu = step.device_kind.startswith("NVIDIA")
     start = time.perf_counter()

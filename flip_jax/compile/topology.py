@@ -18,7 +18,6 @@ class Chip:
     """What one chip has, by its vendor's public documentation unless marked.
 
     Attributes:
-      platform: that JAX lowers for.
       hbm_bytes: what a program may use: of a TPU by the compiler's own message (libtpu 0.0.42.1),
         of a GPU what JAX takes of its memory by itself, three quarters.
       hbm_bandwidth: bytes/s.
@@ -29,7 +28,6 @@ class Chip:
     """
 
     name: str
-    platform: str
     hbm_bytes: float
     hbm_bandwidth: float
     ici_bandwidth: float
@@ -38,17 +36,17 @@ class Chip:
 
 def _gpu(name: str, nvlink: float) -> Chip:
     gpu = gpus.GPUS[name]
-    return Chip(name.upper(), "cuda", 0.75 * gpu.memory, gpu.bandwidth, nvlink, None)
+    return Chip(name.upper(), 0.75 * gpu.memory, gpu.bandwidth, nvlink, None)
 
 
 # By the start of `device_kind`, longer starts first; peak FLOP/s are in `metrics.PEAK_FLOPS`.
 # Source: the pages TPU v4, v5e, v5p and v6e of the Cloud TPU documentation; NVIDIA's data sheets of
 # A100, H100 and H200 (SXM).
 CHIPS = {
-    "TPU v5 lite": Chip("TPU v5e", "tpu", 15.75 * 2**30, 819e9, 200e9, 6.4e12 / 8 / 256),
-    "TPU v6 lite": Chip("TPU v6e", "tpu", 31.25 * 2**30, 1638e9, 400e9, 25.6e12 / 8 / 256),
-    "TPU v5": Chip("TPU v5p", "tpu", 95.74 * 2**30, 2765e9, 600e9, 50e9 / 8),
-    "TPU v4": Chip("TPU v4", "tpu", 30.75 * 2**30, 1200e9, 1.1e15 / 4096, None),
+    "TPU v5 lite": Chip("TPU v5e", 15.75 * 2**30, 819e9, 200e9, 6.4e12 / 8 / 256),
+    "TPU v6 lite": Chip("TPU v6e", 31.25 * 2**30, 1638e9, 400e9, 25.6e12 / 8 / 256),
+    "TPU v5": Chip("TPU v5p", 95.74 * 2**30, 2765e9, 600e9, 50e9 / 8),
+    "TPU v4": Chip("TPU v4", 30.75 * 2**30, 1200e9, 1.1e15 / 4096, None),
     gpus.GPUS["a100"].device_kind: _gpu("a100", nvlink=300e9),
     gpus.GPUS["h100"].device_kind: _gpu("h100", nvlink=450e9),
     gpus.GPUS["h200"].device_kind: _gpu("h200", nvlink=450e9),
@@ -77,7 +75,8 @@ def check_name(name: str | None, slices: int) -> None:
     """
     if slices < 1:
         raise ValueError(f"--slices={slices}: must be at least 1")
-    here, gpu = name is None or _CPU_NAME.fullmatch(name), bool(name and _GPU_NAME.fullmatch(name))
+    here = name is None or _CPU_NAME.fullmatch(name)
+    gpu = not here and _GPU_NAME.fullmatch(name)
     if slices > 1 and (here or gpu):
         raise ValueError(f"--slices={slices}: only a TPU --topology has slices")
     if here:
@@ -164,9 +163,13 @@ def devices(name: str | None, slices: int = 1) -> Sequence[Any]:
         raise ValueError(f"--topology={name}: {reason}. {known_names()}") from error
 
 
-def options(device: Any) -> dict[str, Any]:
-    """The compiler's options for a device that need not be there."""
-    return {} if is_here(device) or device.platform != "gpu" else dict(gpus.OPTIONS)
+def target(device: Any) -> tuple[tuple[str, ...] | None, dict[str, Any]]:
+    """(Platforms to lower for, None = that of the devices here; options of the compiler)."""
+    if is_here(device):
+        return None, {}
+    if device.platform == "gpu":
+        return ("cuda",), dict(gpus.OPTIONS)
+    return (device.platform,), {}
 
 
 def is_here(device: Any) -> bool:

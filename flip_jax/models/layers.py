@@ -9,7 +9,7 @@ loses the small ones. Dims: B rows, S tokens, D width, L layers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import jax
@@ -178,6 +178,7 @@ class Mlp(nnx.Module):
 def _activation(inside: Callable[[Array], Array]) -> Callable[[Array], Array]:
     """An elementwise function, float32 inside, that keeps its argument alone for the gradient."""
 
+    @wraps(inside)
     def call(x: Array) -> Array:
         return inside(x.astype(jnp.float32)).astype(x.dtype)
 
@@ -186,10 +187,16 @@ def _activation(inside: Callable[[Array], Array]) -> Callable[[Array], Array]:
     return kept
 
 
-# CLIP's activation.
-quick_gelu = _activation(lambda x: x * jax.nn.sigmoid(1.702 * x))
-# The erf form, BERT's activation (jax.nn.gelu defaults to the tanh form).
-exact_gelu = _activation(lambda x: jax.nn.gelu(x, approximate=False))
+@_activation
+def quick_gelu(x: Array) -> Array:
+    """x * sigmoid(1.702 x), CLIP's activation."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+@_activation
+def exact_gelu(x: Array) -> Array:
+    """The erf form, BERT's activation (jax.nn.gelu defaults to the tanh form)."""
+    return jax.nn.gelu(x, approximate=False)
 
 
 def stack_blocks(make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs):
