@@ -157,6 +157,7 @@ ENTRY %main (p0: f32[5,32], p1: f32[1,32], p2: s32[], p3: f32[32]) -> (f32[5,32]
   %p2 = s32[] parameter(2)
   %p3 = f32[32]{0} parameter(3)
   %empty = u8[64]{0} custom-call(), custom_call_target="AllocateBuffer", metadata={op_name="jit(add)/empty"}
+  %count = s32[8]{0} iota(), iota_dimension=0, metadata={op_name="jit(add)/count"}
   %both = (f32[24]{0}, f32[24]{0}) fusion(%p3), kind=kLoop, calls=%fused_all, metadata={op_name="jit(add)/both"}
   %first = f32[24]{0} get-tuple-element(%both), index=0
   %new = f32[5,32]{1,0} fusion(%p0, %p1, %p2), kind=kLoop, calls=%fused_add, metadata={op_name="jit(add)/new"}
@@ -174,5 +175,6 @@ def test_a_row_is_added_to_in_place_and_no_array_is_read_twice():
     row = 32 * 4
     assert found == {
         **{"new": 3 * row + COUNTER, "both": row + 2 * 24 * 4},
+        "count": 8 * 4,  # reads nothing
         **{"zeros": COUNTER + 90 * row, "scatter": 4 * 4 + (1 + 2) * 4 * row},
     }
