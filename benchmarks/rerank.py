@@ -18,12 +18,14 @@ The scores of some rows of two of these calls are compared first. `ratio` is tha
 for the gallery; a pair that both directions want is scored once here, which `per_pair` does not
 count. Image tokens are made beforehand on both sides. `ratio_by_count` is that of the products in
 what is timed, those of XLA's programs and of PyTorch's operators: what the ratio would come to if
-all products ran equally fast and nothing else took any time. The last line is JSON.
+all products ran equally fast and nothing else took any time. Where the time of one call goes is
+printed as `step_profile.py` does it. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -44,10 +46,10 @@ import torch
 from flax import nnx
 from torch.utils import flop_counter
 
-from benchmarks import steps, torch_peer
+from benchmarks import step_profile, steps, torch_peer
 from benchmarks.train_step import torch_texts
 from flip_jax import partition
-from flip_jax.compile.hlo import Module
+from flip_jax.compile.hlo import Instruction, Module
 from flip_jax.config import MeshConfig
 from flip_jax.convert import torch_flip
 from flip_jax.downstream import pair_visits
@@ -112,9 +114,9 @@ class Ours:
         """Scores of one call."""
         return jax.block_until_ready(self._compiled(*call)(self.params, *call))
 
-    def flops(self, *call: jax.Array) -> float:
-        """Of the matrix products of one call."""
-        return Module(self._compiled(*call).as_text()).dot_flops()
+    def module(self, *call: jax.Array) -> Module:
+        """The program of one call."""
+        return Module(self._compiled(*call).as_text())
 
     def _compiled(self, *call: jax.Array) -> Any:
         length = call[0].shape[1]
@@ -208,7 +210,9 @@ def main() -> None:
     pairs = {"flip_jax": len(images), "pytorch": 2 * args.gallery * args.k}
     one = {name: value[:1] for name, value in query.items()}
     work = {
-        "flip_jax": float(sum(count * ours.flops(*call) for count, call in calls.values())),
+        "flip_jax": float(
+            sum(count * ours.module(*call).dot_flops() for count, call in calls.values())
+        ),
         "pytorch": float(pairs["pytorch"] * theirs.flops(one)),
     }
     whole = {name: statistics.median(each) for name, each in seconds.items()}
@@ -219,6 +223,7 @@ def main() -> None:
             f"{whole[name] / 3600:5.2f} h for the gallery, spread {steps.spread(each)}; "
             f"{work[name] / pairs[name] / 1e9:.2f} GFLOP per pair"
         )
+    commonest = max(calls.values(), key=lambda found: found[0])[1]
     result = {
         "benchmark": "rerank",
         "gallery": args.gallery,
@@ -229,9 +234,37 @@ def main() -> None:
         "ratio_by_count": work["pytorch"] / work["flip_jax"],
         "per_pair": per_pair["pytorch"] / per_pair["flip_jax"],
         "gallery_seconds": seconds,
+        "profile": where_time_goes(ours, commonest),
         "load": round(os.getloadavg()[0], 1),
     }
     print(json.dumps(result))
+
+
+def where_time_goes(ours: Ours, call: tuple) -> dict[str, Any]:
+    """Prints it, and how long the products of the call would take at the rate of a large one."""
+    rows, length = call[0].shape
+    of_texts = {rows * length, rows}  # the last layer looks at first tokens alone
+
+    def kind(instruction: Instruction, flops: float) -> str:
+        if not flops:
+            return "norms, activations, sums, copies"
+        shape = step_profile.shape(instruction)
+        if len(shape) > 3:
+            return "products of attention"
+        return "products of texts" if shape[0] in of_texts else "keys and values of images"
+
+    print(f"one call of {rows} pairs, {length} tokens each:")
+    kinds = step_profile.profile(lambda: ours(*call), ours.module(*call), kind)
+    seconds, rate = steps.timed(lambda: ours(*call)), step_profile.product_rate()
+    limit = sum(found.flops for found in kinds.values()) / rate
+    print(
+        f"the call {seconds:.2f} s; limit {limit:.2f} s, its products at {rate / 1e9:.0f} GFLOP/s"
+    )
+    return {
+        "kinds": {name: dataclasses.asdict(found) for name, found in kinds.items()},
+        "call_seconds": seconds,
+        "limit_seconds": limit,
+    }
 
 
 def assert_same_scores(ours: Ours, theirs: Theirs, call: tuple) -> None:

@@ -17,7 +17,9 @@ import json
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -62,19 +64,9 @@ def main() -> None:
     step = steps.Step(cfg)
     step(batch)
     seconds = steps.timed(lambda: step(batch))
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            step(batch)
-        module = Module(step.text(batch))
-        kinds = sort(module, executed(Path(folder)))
+    kinds = profile(lambda: step(batch), Module(step.text(batch)), kind)
     rate = product_rate()
     flops = sum(found.flops for found in kinds.values())
-    if abs(flops / module.dot_flops() - 1) > 0.01:
-        raise AssertionError(f"the trace has {flops:.4g} of {module.dot_flops():.4g} FLOP")
-    total = sum(found.seconds for found in kinds.values())
-    for name, found in sorted(kinds.items(), key=lambda item: -item[1].seconds):
-        speed = f"{found.flops / found.seconds / 1e9:6.0f} GFLOP/s" if found.flops else ""
-        print(f"{name:36} {found.seconds:7.2f} s {found.seconds / total:5.0%} {speed}")
     print(f"step {seconds:.2f} s; limit {flops / rate:.2f} s: {flops / 1e12:.2f} TFLOP of products")
     print(f"at {rate / 1e9:.0f} GFLOP/s")
     result = {
@@ -92,6 +84,29 @@ def main() -> None:
     print(json.dumps(result))
 
 
+def profile(
+    run: Callable[[], Any], module: Module, kind: Callable[[Instruction, float], str]
+) -> dict[str, Found]:
+    """What a compiled program executes, by kind; it is printed, too.
+
+    Args:
+      run: runs it, to its end; module: the program.
+      kind: (an operation, FLOP of its products) -> in the words of the table.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        kinds = sort(module, executed(Path(folder)), kind)
+    flops = sum(found.flops for found in kinds.values())
+    if abs(flops / module.dot_flops() - 1) > 0.01:
+        raise AssertionError(f"the trace has {flops:.4g} of {module.dot_flops():.4g} FLOP")
+    total = sum(found.seconds for found in kinds.values())
+    for name, found in sorted(kinds.items(), key=lambda item: -item[1].seconds):
+        speed = f"{found.flops / found.seconds / 1e9:6.0f} GFLOP/s" if found.flops else ""
+        print(f"{name:36} {found.seconds:7.2f} s {found.seconds / total:5.0%} {speed}")
+    return kinds
+
+
 def executed(folder: Path) -> dict[str, tuple[int, float]]:
     """Name of an operation -> (how often it ran, seconds in all), from a trace of the profiler."""
     (path,) = folder.rglob("*.xplane.pb")
@@ -105,7 +120,11 @@ def executed(folder: Path) -> dict[str, tuple[int, float]]:
     return {name: (counts[name], seconds[name]) for name in counts}
 
 
-def sort(module: Module, events: dict[str, tuple[int, float]]) -> dict[str, Found]:
+def sort(
+    module: Module,
+    events: dict[str, tuple[int, float]],
+    kind: Callable[[Instruction, float], str],
+) -> dict[str, Found]:
     """Adds up the operations of each kind; loops and calls count by what is in them."""
     kinds: dict[str, Found] = collections.defaultdict(Found)
     for name, instructions in module.computations.items():
@@ -120,12 +139,17 @@ def sort(module: Module, events: dict[str, tuple[int, float]]) -> dict[str, Foun
     return dict(kinds)
 
 
+def shape(instruction: Instruction) -> list[int]:
+    """Of the array that comes out."""
+    return [int(n) for n in re.findall(r"\d+", instruction.type.split("{")[0].split("[")[-1])]
+
+
 def kind(instruction: Instruction, flops: float) -> str:
-    """In the words of the table."""
+    """Of a training step."""
     source = re.search(r'op_name="([^"]*)"', instruction.attributes)
     source = source[1] if source else ""
     if flops:
-        many = len(re.findall(r"\d+", instruction.type.split("{")[0].split("[")[-1])) > 3
+        many = len(shape(instruction)) > 3
         return "products of attention" if many else "products with weights, and of ITC"
     if instruction.type.startswith(("u32", "(u32", "u16")):
         return "random numbers of dropout"

@@ -5,8 +5,11 @@ import importlib
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from flip_jax.compile.hlo import Module
 from flip_jax.config import (
     Config,
     LossConfig,
@@ -35,6 +38,30 @@ def test_a_step_is_timed_after_one_of_its_own(monkeypatch):
     found = steps.in_turns({name: lambda n=name: made.append(n) for name in "ab"}, rounds=3)
     assert made == list("aabbbaaabb")
     assert found == {"a": [2, 7, 8], "b": [4, 5, 10]}
+
+
+def test_a_profile_has_all_products_of_a_program(capsys):
+    profile = importlib.import_module("benchmarks.step_profile")
+    a, weights = jnp.ones((64, 32)), jnp.ones((3, 32, 32))
+
+    def layers(a, weights):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), a, weights)[0]
+
+    program = jax.jit(layers).lower(a, weights).compile()
+    module = Module(program.as_text())
+
+    def run():
+        jax.block_until_ready(program(a, weights))
+
+    def kind(instruction, flops):
+        return f"products {profile.shape(instruction)}" if flops else "others"
+
+    found = profile.profile(run, module, kind)
+    assert found["products [64, 32]"].flops == 3 * 2 * 64 * 32 * 32
+    assert all(each.seconds > 0 for each in found.values())
+    assert "GFLOP/s" in capsys.readouterr().out
+    with pytest.raises(AssertionError, match="the trace has 0 of"):
+        profile.profile(lambda: None, module, kind)
 
 
 @pytest.fixture
