@@ -32,7 +32,6 @@ results, `all` those with the state, old and new. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -53,6 +52,7 @@ import jax
 import numpy as np
 
 from benchmarks import steps
+from benchmarks.result import print_result
 from flip_jax.config import Config
 from flip_jax.losses import flip as flip_losses
 from flip_jax.losses.itc import grouped_itc_loss
@@ -214,9 +214,8 @@ def main() -> None:
             f"{name:14} {median[name]:7.3f} s, time {row['time']:.2f}, temp {mib['temp_mib']:5} MiB"
             f", all {mib['all_mib']:5} MiB, spread {steps.spread(seconds[name])}"
         )
-    result = {"benchmark": "ablation", "size": args.size, "batch": args.batch, "rows": rows}
-    result |= {"columns": cut["token_ids"].shape[1], "load": round(os.getloadavg()[0], 1)}
-    print(json.dumps(result))
+    sizes = {"size": args.size, "batch": args.batch, "columns": cut["token_ids"].shape[1]}
+    print_result("ablation", **sizes, **({"card": steps.card()} if gpu else {}), rows=rows)
 
 
 def chosen_of(variants: dict[str, Any], only: list[str] | None) -> dict[str, Any]:

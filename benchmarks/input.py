@@ -11,17 +11,16 @@ reference: Pillow decodes, antialiased bicubic to 224 x 224, mirror, RandAugment
 flip_jax: `load_image`, mirror, RandAugment; uint8 goes to the device, which normalises there.
 
 `PSNR` compares pictures before augmentation with those of the reference, mean over the pictures.
-`pipeline` is all of it, records, captions and tokens included, in batches of 64 by two threads:
-pictures per second of the clock. `captions`: drawn by the grammar, and tokenised, per CPU second.
-The last line is JSON.
+`pipeline` is all of it, records, captions and tokens included, in batches of 64 by two threads and
+by two worker processes: pictures per second of the clock, and the share of its time that a device
+would wait whose steps take no CPU (they sleep). `captions`: drawn by the grammar, and tokenised,
+per CPU second. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
-import os
 import statistics
 import sys
 import tempfile
@@ -37,6 +36,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.result import print_result
 from flip_jax.config import DataConfig
 from flip_jax.data.captions import captions
 from flip_jax.data.drawn_faces import DrawnFace, draw_face
@@ -55,6 +55,7 @@ from flip_jax.data.transforms import (
 SIZE = 224
 SHAPES = ((218, 178), (512, 512))  # height, width
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+PACE = 950  # pairs/s, what XLA plans for an H200 (docs/performance.md)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
@@ -86,14 +87,8 @@ def main() -> None:
     args = parser.parse_args()
     faces = [draw_face(0, identity, picture=0, size=512) for identity in range(args.pictures)]
     rows = [compare(shape, faces, args.rounds) for shape in SHAPES]
-    result = {
-        "benchmark": "input",
-        "pictures": args.pictures,
-        "rows": rows,
-        "captions_per_cpu_second": text_rates(faces),
-        "load": round(os.getloadavg()[0], 1),
-    }
-    print(json.dumps(result))
+    rates = text_rates(faces)
+    print_result("input", pictures=args.pictures, rows=rows, captions_per_cpu_second=rates)
 
 
 def compare(shape: tuple[int, int], faces: list[DrawnFace], rounds: int) -> dict[str, Any]:
@@ -124,15 +119,20 @@ def compare(shape: tuple[int, int], faces: list[DrawnFace], rounds: int) -> dict
             f"{rate / rates['reference']:.2f}, spread {spread:.0%}"
             + (f", PSNR {quality[name]:.1f} dB" if name in quality else "")
         )
-    whole = pipeline_rate(files, faces)
-    print(f"  {'pipeline':10} {whole:6.0f} pictures per second", flush=True)
+    whole = pipelines(files, faces)
+    for kind, found in whole.items():
+        print(
+            f"  pipeline, two {kind}: {found['rate']:.0f} pictures per second, {found['wait']:.1%} "
+            f"waited for at {PACE} pairs/s",
+            flush=True,
+        )
     return {
         "shape": shape,
         "bytes": bytes_each,
         "pictures_per_cpu_second": rates,
         "ratio": {name: rate / rates["reference"] for name, rate in rates.items()},
         "psnr_db": quality,
-        "pipeline_pictures_per_second": whole,
+        "pipeline": whole,
         "cpu_seconds": seconds,
     }
 
@@ -144,9 +144,8 @@ def jpeg(picture: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def pipeline_rate(files: list[bytes], faces: list[DrawnFace], batches: int = 10) -> float:
-    """Of the whole input, two threads; best of three."""
-    cfg = replace(DataConfig(), batch_size=64, threads=2, tokenizer="grammar")
+def pipelines(files: list[bytes], faces: list[DrawnFace]) -> dict[str, dict[str, float]]:
+    """The whole input, by threads and by worker processes (Grain's)."""
     with tempfile.TemporaryDirectory() as folder:
         with RecordWriter(Path(folder, "data"), "drawn") as writer:
             for number, (data, face) in enumerate(zip(files, faces, strict=True)):
@@ -161,16 +160,31 @@ def pipeline_rate(files: list[bytes], faces: list[DrawnFace], batches: int = 10)
                 writer.write("train", record)
         source = RecordSource(Path(folder, "data"), "train")
         tokenizer = Tokenizer.load("grammar", 65)
-        with TrainPipeline(source, tokenizer, cfg, SIZE, seed=0).batches() as stream:
-            for _ in range(cfg.threads + 4):  # those that waited ready
-                next(stream)
-            times = []
-            for _ in range(3):
-                start = time.perf_counter()
-                for _ in range(batches):
-                    next(stream)
-                times.append(time.perf_counter() - start)
-    return batches * cfg.batch_size / min(times)
+        cfg = replace(DataConfig(), batch_size=min(64, len(files)), tokenizer="grammar")
+        each = {"threads": {"threads": 2}, "processes": {"threads": 1, "workers": 2}}
+        return {
+            kind: measure(TrainPipeline(source, tokenizer, replace(cfg, **fields), SIZE, seed=0))
+            for kind, fields in each.items()
+        }
+
+
+def measure(pipeline: TrainPipeline, batches: int = 10) -> dict[str, float]:
+    """Pictures per second, best of three; share of the time that a device of `PACE` waits."""
+    size = pipeline.cfg.batch_size
+
+    def seconds(step: float = 0.0) -> float:
+        start = time.perf_counter()
+        for _ in range(batches):
+            next(stream)
+            time.sleep(step)
+        return time.perf_counter() - start
+
+    with pipeline.batches() as stream:
+        for _ in range(8):  # those that waited ready
+            next(stream)
+        rate = batches * size / min(seconds() for _ in range(3))
+        whole = seconds(size / PACE)
+    return {"rate": rate, "wait": 1 - batches * size / PACE / whole}
 
 
 def text_rates(faces: list[DrawnFace]) -> dict[str, float]:

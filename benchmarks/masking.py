@@ -19,8 +19,6 @@ and nothing else took any. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +31,7 @@ if __name__ == "__main__":
     restart_with_huge_pages()  # before what takes seconds to import
 
 from benchmarks import steps
+from benchmarks.result import print_result
 from flip_jax.config import Config, LossConfig, LossWeights
 from flip_jax.metrics import model_flops_per_pair
 
@@ -90,8 +89,7 @@ def main() -> None:
                 f"work {row['work']:.2f}, spread {steps.spread(seconds[keep])}",
                 flush=True,
             )
-    result = {"benchmark": "masking", "size": args.size, "rows": rows}
-    print(json.dumps(result | {"load": round(os.getloadavg()[0], 1)}))
+    print_result("masking", size=args.size, rows=rows)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
 import statistics
 import sys
 from pathlib import Path
@@ -47,6 +45,7 @@ from flax import nnx
 from torch.utils import flop_counter
 
 from benchmarks import step_profile, steps, torch_peer
+from benchmarks.result import print_result
 from benchmarks.train_step import torch_texts
 from flip_jax import partition
 from flip_jax.compile.hlo import Instruction, Module
@@ -223,25 +222,24 @@ def main() -> None:
             f"{whole[name] / 3600:5.2f} h for the gallery, spread {steps.spread(each)}; "
             f"{work[name] / pairs[name] / 1e9:.2f} GFLOP per pair"
         )
-    commonest = max(calls.values(), key=lambda found: found[0])[1]
-    result = {
-        "benchmark": "rerank",
-        "gallery": args.gallery,
-        "k": args.k,
-        "mean_tokens": float(lengths.mean()),
-        "pairs": pairs,
-        "ratio": whole["pytorch"] / whole["flip_jax"],
-        "ratio_by_count": work["pytorch"] / work["flip_jax"],
-        "per_pair": per_pair["pytorch"] / per_pair["flip_jax"],
-        "gallery_seconds": seconds,
-        "profile": where_time_goes(ours, commonest),
-        "load": round(os.getloadavg()[0], 1),
-    }
-    print(json.dumps(result))
+    commonest = max(calls, key=lambda length: calls[length][0])
+    print_result(
+        "rerank",
+        gallery=args.gallery,
+        k=args.k,
+        mean_tokens=float(lengths.mean()),
+        pairs=pairs,
+        ratio=whole["pytorch"] / whole["flip_jax"],
+        ratio_by_count=work["pytorch"] / work["flip_jax"],
+        per_pair=per_pair["pytorch"] / per_pair["flip_jax"],
+        gallery_seconds=seconds,
+        profile=where_time_goes(ours, calls[commonest][1], statistics.median(times[commonest])),
+    )
 
 
-def where_time_goes(ours: Ours, call: tuple) -> dict[str, Any]:
-    """Prints it, and how long the products of the call would take at the rate of a large one."""
+def where_time_goes(ours: Ours, call: tuple, seconds: float) -> dict[str, Any]:
+    """Prints it, of a call that takes so long, and how long its products would take at the rate of
+    a large one."""
     rows, length = call[0].shape
     of_texts = {rows * length, rows}  # the last layer looks at first tokens alone
 
@@ -255,7 +253,7 @@ def where_time_goes(ours: Ours, call: tuple) -> dict[str, Any]:
 
     print(f"one call of {rows} pairs, {length} tokens each:")
     kinds = step_profile.profile(lambda: ours(*call), ours.module(*call), kind)
-    seconds, rate = steps.timed(lambda: ours(*call)), step_profile.product_rate()
+    rate = step_profile.product_rate()
     limit = sum(found.flops for found in kinds.values()) / rate
     print(
         f"the call {seconds:.2f} s; limit {limit:.2f} s, its products at {rate / 1e9:.0f} GFLOP/s"

@@ -16,8 +16,6 @@ batch. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +35,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks import steps
+from benchmarks.result import print_result
 from flip_jax import partition
 
 
@@ -83,8 +82,7 @@ def main() -> None:
             )
     if args.png is not None:
         draw(rows, args.png)
-    load = round(os.getloadavg()[0], 1)
-    print(json.dumps({"benchmark": "scaling", "depth": args.depth, "rows": rows, "load": load}))
+    print_result("scaling", depth=args.depth, rows=rows)
 
 
 def measure(point: Point, rounds: int, depth: int) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, MutableMapping
 from functools import cached_property
@@ -42,6 +43,17 @@ def take_gpu_memory(environment: MutableMapping[str, str]) -> None:
     else."""
     if not any(name.endswith("CLIENT_MEM_FRACTION") for name in environment):
         environment["XLA_CLIENT_MEM_FRACTION"] = "0.95"
+
+
+def card() -> str:
+    """As `nvidia-smi` names it: its name, driver and memory."""
+    fields = "--query-gpu=name,driver_version,memory.total"
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    command = ["nvidia-smi", f"--id={first}", fields, "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return jax.devices()[0].device_kind
 
 
 def our_config(batch: int, dropout: float = 0.1) -> Config:

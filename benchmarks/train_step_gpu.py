@@ -40,6 +40,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks import steps, torch_peer, train_step
+from benchmarks.result import print_result
 from flip_jax import config
 from flip_jax.metrics import model_flops_per_pair, peak_flops
 
@@ -61,21 +62,10 @@ def main(args: argparse.Namespace) -> None:
     for size in args.batch or ():
         if cfg.loss.queue_size % size:
             raise SystemExit(f"--batch {size}: must divide the queue of {cfg.loss.queue_size}")
-    name = card()
+    name = steps.card()
     print(name, flush=True)
     result = measure(cfg, lengths, args.steps or 10)
-    print(json.dumps({"benchmark": "train_step_gpu", "card": name, **result}))
-
-
-def card() -> str:
-    """As `nvidia-smi` names it: its name, driver and memory."""
-    fields = "--query-gpu=name,driver_version,memory.total"
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    command = ["nvidia-smi", f"--id={first}", fields, "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return jax.devices()[0].device_kind
+    print_result("train_step_gpu", card=name, **result)
 
 
 def measure(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -58,10 +59,20 @@ def test_a_profile_has_all_products_of_a_program(capsys):
 
     found = profile.profile(run, module, kind)
     assert found["products [64, 32]"].flops == 3 * 2 * 64 * 32 * 32
-    assert all(each.seconds > 0 for each in found.values())
+    assert found["products [64, 32]"].seconds > 0
     assert "GFLOP/s" in capsys.readouterr().out
     with pytest.raises(AssertionError, match="the trace has 0 of"):
         profile.profile(lambda: None, module, kind)
+
+
+def test_a_result_says_where_it_was_found_and_how(monkeypatch, capsys):
+    result = importlib.import_module("benchmarks.result")
+    monkeypatch.setattr(sys, "argv", ["/somewhere/benchmarks/masking.py", "--size", "a b"])
+    result.print_result("masking", rows=[1])
+    found = json.loads(capsys.readouterr().out)
+    assert found.pop("load") >= 0 and found.pop("cores") >= 1 and found.pop("processor")
+    command = "python benchmarks/masking.py --size 'a b'"
+    assert found == {"benchmark": "masking", "rows": [1], "command": command}
 
 
 @pytest.fixture
