@@ -183,6 +183,7 @@ def measure(pipeline: TrainPipeline, batches: int = 10) -> dict[str, float]:
         for _ in range(8):  # those that waited ready
             next(stream)
         rate = batches * size / min(seconds() for _ in range(3))
+        seconds(size / PACE)  # until batches wait ready again
         whole = seconds(size / PACE)
     return {"rate": rate, "wait": 1 - batches * size / PACE / whole}
 
