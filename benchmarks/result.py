@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+_FIELDS = ("model name", "cpu family", "model")  # of a processor in Linux
+
 
 def print_result(benchmark: str, **found: Any) -> None:
     """Prints `found` with the command, the processor, its cores and the load (processes that ran,
@@ -33,6 +35,3 @@ def processor() -> str:
         return platform.processor() or platform.machine()
     name, family, model = (field[1] for field in fields)
     return f"{name}, family {family}, model {model}"
-
-
-_FIELDS = ("model name", "cpu family", "model")
