@@ -18,7 +18,7 @@ remat none, dots, full: how much the backward pass recomputes, which saves memor
 bfloat16, float32: matrix products in the other of the two. Its losses differ.
 flash: the fused kernel for attention among patches, on a GPU.
 
-With --trials also one more lever, and what was tried and is not in the step:
+With --trials, or by name, also one more lever, and what was tried and is not in the step:
 
 three passes: ITM of own pairs, of texts with their negative images and of images with their
     negative texts in a pass each, with keys and values of its own, as the reference does.
@@ -209,8 +209,8 @@ def main() -> None:
 
     start = steps.Step(cfg).state
     calls, memory, losses = {}, {}, {}
-    tried = {name: (cfg, trial, False) for name, trial in TRIALS.items()} if args.trials else {}
-    chosen = chosen_of(variants(cfg, gpu) | tried, args.only)
+    tried = {name: (cfg, trial, False) for name, trial in TRIALS.items()}
+    chosen = chosen_of(variants(cfg, gpu) | (tried if args.trials or args.only else {}), args.only)
     for name, (each, changed, whole) in chosen.items():
         batch = padded if whole else cut
         with changed():
