@@ -15,13 +15,14 @@ padded: captions of 65 columns, not of the first of `steps.BUCKETS` that holds t
 dense ITC: all similarities of the batch to batch and queue at once, not in chunks.
 copied state: the step's old state is not given up for the new one.
 remat none, dots, full: how much the backward pass recomputes, which saves memory and not time.
-bfloat16, float32: matrix products in the other of the two. Its losses differ.
-flash: the fused kernel for attention among patches, on a GPU.
+float32, flash: matrix products in float32, whose losses differ; the fused kernel for attention
+    among patches. Both on a GPU.
 
 With --trials, or by name, also one more lever, and what was tried and is not in the step:
 
 three passes: ITM of own pairs, of texts with their negative images and of images with their
     negative texts in a pass each, with keys and values of its own, as the reference does.
+bfloat16: matrix products in it, on a CPU. Its losses differ.
 filled patches: attention of the image tower on 208 tokens, a multiple of the width of vectors, of
     which 11 are masked, not on 197.
 fused QKV: queries, keys and values of the image tower from one product with their weights side by
@@ -39,6 +40,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -164,10 +166,12 @@ def with_model(cfg: Config, **fields: Any) -> Config:
 
 def variants(cfg: Config, gpu: bool) -> dict[str, tuple[Config, Callable[[], Any], bool]]:
     """Name -> config, what is changed while the step is traced, whether texts are padded."""
-    model, vision = cfg.model, replace(cfg.model.vision, attention="flash")
-    other = "float32" if model.dtype == "bfloat16" else "bfloat16"
-    remats = [remat for remat in ("none", "dots", "full") if remat != model.remat]
-    flash = {"flash": (with_model(cfg, vision=vision), nullcontext, False)}
+    remats = [remat for remat in ("none", "dots", "full") if remat != cfg.model.remat]
+    vision = replace(cfg.model.vision, attention="flash")
+    of_gpu = {
+        "float32": (with_model(cfg, dtype="float32"), nullcontext, False),
+        "flash": (with_model(cfg, vision=vision), nullcontext, False),
+    }
     return {
         "all levers": (cfg, nullcontext, False),
         "keys per text": (cfg, keys_per_text, False),
@@ -176,16 +180,19 @@ def variants(cfg: Config, gpu: bool) -> dict[str, tuple[Config, Callable[[], Any
         "dense ITC": (cfg, dense_itc, False),
         "copied state": (cfg, copied_state, False),
         **{f"remat {each}": (with_model(cfg, remat=each), nullcontext, False) for each in remats},
-        other: (with_model(cfg, dtype=other), nullcontext, False),
-        **(flash if gpu else {}),
+        **(of_gpu if gpu else {}),
     }
 
 
-TRIALS = {
-    "three passes": three_passes,
-    "filled patches": filled_patches,
-    "fused QKV": fused_qkv,
-}
+def trials(cfg: Config, gpu: bool) -> dict[str, tuple[Config, Callable[[], Any], bool]]:
+    """As `variants`, those that are not measured unless asked for."""
+    of_cpu = {"bfloat16": (with_model(cfg, dtype="bfloat16"), nullcontext, False)}
+    return {
+        "three passes": (cfg, three_passes, False),
+        **({} if gpu else of_cpu),
+        "filled patches": (cfg, filled_patches, False),
+        "fused QKV": (cfg, fused_qkv, False),
+    }
 
 
 def main() -> None:
@@ -207,20 +214,9 @@ def main() -> None:
     padded["negatives"] = {"image": drawn, "text": drawn}
     padded, cut = jax.device_put((padded, steps.cut(padded)))
 
-    start = steps.Step(cfg).state
-    calls, memory, losses = {}, {}, {}
-    tried = {name: (cfg, trial, False) for name, trial in TRIALS.items()}
-    chosen = chosen_of(variants(cfg, gpu) | (tried if args.trials or args.only else {}), args.only)
-    for name, (each, changed, whole) in chosen.items():
-        batch = padded if whole else cut
-        with changed():
-            step = steps.Step(each, start=start)
-            memory[name] = step.memory(batch)
-            losses[name] = step(batch)
-        calls[name] = lambda step=step, batch=batch: step(batch)
-        print(f"compiled: {name}, {losses[name]}", flush=True)
-        exact = each.model.dtype == cfg.model.dtype == "float32"
-        assert_same(name, losses[name], losses["all levers"], 1e-4 if exact else 0.05)
+    tried = trials(cfg, gpu) if args.trials or args.only else {}
+    chosen = chosen_of(variants(cfg, gpu) | tried, args.only)
+    calls, memory, losses = compiled(cfg, chosen, padded, cut)
     seconds = steps.in_turns(calls, args.rounds)
     median = steps.medians(seconds)
     rows = []
@@ -230,7 +226,7 @@ def main() -> None:
         rows.append(row | {"seconds": seconds[name]} | mib)
         print(
             f"{name:14} {median[name]:7.3f} s, time {row['time']:.2f}, temp {mib['temp_mib']:5} MiB"
-            f", all {mib['all_mib']:5} MiB, spread {steps.spread(seconds[name])}"
+            f", all {mib['all_mib']:5} MiB, spread {steps.spread(seconds[name])}, {losses[name]}"
         )
     sizes = {"size": args.size, "batch": args.batch, "columns": cut["token_ids"].shape[1]}
     print_result("ablation", **sizes, **({"card": steps.card()} if gpu else {}), rows=rows)
@@ -243,6 +239,35 @@ def chosen_of(variants: dict[str, Any], only: list[str] | None) -> dict[str, Any
         raise SystemExit(f"--only: there is no {unknown}; there are {list(variants)}")
     names = variants if only is None else ("all levers", *only)
     return {name: each for name, each in variants.items() if name in names}
+
+
+def compiled(
+    cfg: Config, chosen: dict[str, Any], padded: dict[str, Any], cut: dict[str, Any]
+) -> tuple[dict[str, Callable[[], None]], dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """Steps of the variants, which begin with the same state.
+
+    Returns:
+      a call of each, whose first one, which is not timed, compares losses with those of all levers;
+      memory of each; losses of first calls, empty until then.
+    """
+    start = steps.Step(cfg).state
+    calls, memory, losses = {}, {}, {}
+
+    def call(name: str, step: steps.Step, batch: dict[str, Any], most: float) -> None:
+        found = step(batch)
+        if name not in losses:
+            losses[name] = found
+            assert_same(name, found, losses["all levers"], most)
+
+    for name, (each, changed, whole) in chosen.items():
+        batch = padded if whole else cut
+        with changed():
+            step = steps.Step(each, start=start)
+            memory[name] = step.memory(batch)
+        print(f"compiled: {name}", flush=True)
+        exact = each.model.dtype == cfg.model.dtype == "float32"
+        calls[name] = partial(call, name, step, batch, 1e-4 if exact else 0.05)
+    return calls, memory, losses
 
 
 def assert_same(name: str, found: dict[str, float], wanted: dict[str, float], most: float) -> None:

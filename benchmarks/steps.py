@@ -20,7 +20,8 @@ from flip_jax import partition
 from flip_jax.compile_cache import keep_compiled
 from flip_jax.config import Config, MeshConfig
 from flip_jax.data.captions import captions
-from flip_jax.data.drawn_faces import draw_face
+from flip_jax.data.drawn_faces import draw_traits
+from flip_jax.data.face_traits import attribute_vector
 from flip_jax.data.text_buckets import crop_texts
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.train import Compiled
@@ -102,17 +103,11 @@ def make_texts(lengths: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
     return {"token_ids": np.where(mask, ids, 0), "token_mask": mask}
 
 
-def grammar_lengths(batch: int, seed: int = 0, each: int = 1) -> np.ndarray:
-    """Tokens of captions that the grammar writes about drawn people, at most 65.
-
-    Args:
-      each: captions of a person; drawing people takes the longest.
-    """
-    tokenizer = Tokenizer.load("grammar", 65)
-    people = range(-(-batch // each))
-    faces = (draw_face(seed, identity, picture=0, size=64) for identity in people)
-    texts = [text for face in faces for text in captions(face.attributes, seed, count=each)]
-    return tokenizer(texts[:batch])[1].sum(axis=1)
+def grammar_lengths(batch: int, seed: int = 0) -> np.ndarray:
+    """Tokens of captions that the grammar writes about drawn faces, at most 65."""
+    faces = [attribute_vector(*draw_traits(seed, number, picture=0)) for number in range(batch)]
+    texts = [text for face in faces for text in captions(face, seed, count=1)]
+    return Tokenizer.load("grammar", 65)(texts)[1].sum(axis=1)
 
 
 def cut(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -126,6 +121,10 @@ class Step:
     Args:
       start: the state to begin with, which is copied; by default start values, once they are asked
         for: their program takes seconds to compile.
+
+    Attributes:
+      state: what it was started with, then what its last step made of it.
+      target: shapes, dtypes and shardings of `state`.
     """
 
     def __init__(self, cfg: Config, devices: int = 1, start: Any = None):
@@ -133,6 +132,7 @@ class Step:
         compiled = Compiled(cfg, self.mesh, steps_per_epoch=1000, steps=1000)
         if start is not None:
             self.state = jax.tree.map(jnp.copy, start)
+        self.target = compiled.target
         self._functions, self._programs = compiled, {}
 
     @cached_property
@@ -149,8 +149,7 @@ class Step:
     def _compiled(self, batch: dict[str, Any]) -> Any:
         shapes = tuple((name, np.shape(value)) for name, value in jax.tree.leaves_with_path(batch))
         if shapes not in self._programs:
-            step, state = self._functions.step, self._functions.target
-            self._programs[shapes] = step.lower(state, batch).compile()
+            self._programs[shapes] = self._functions.step.lower(self.target, batch).compile()
         return self._programs[shapes]
 
     def text(self, batch: dict[str, Any]) -> str:
@@ -173,19 +172,22 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def in_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def in_turns(
+    calls: Mapping[str, Callable[[], object]], rounds: int, *, warm: bool = True
+) -> dict[str, list[float]]:
     """Seconds of each call, one after the other, back again and so on, so that a busy machine
     slows all.
 
-    One that is timed follows another one of its own, as a step of a training does. After something
-    else the memory that it takes may have gone back to the host of a virtual machine, which can
-    make a step half as long again; the first call of all also compiles.
+    Args:
+      warm: one that is timed follows another one of its own, as a step of a training does. After
+        something else the memory that it takes may have gone back to the host of a virtual machine,
+        which can make a step half as long again; the first call of all also compiles.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     before = None
     for turn in range(rounds):
         for name in reversed(calls) if turn % 2 else calls:
-            if name != before:
+            if warm and name != before:
                 calls[name]()
             seconds[name].append(timed(calls[name]))
             before = name

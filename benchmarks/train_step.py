@@ -1,6 +1,7 @@
 """Pairs per second of the full training step at base size: flip_jax against PyTorch, in one run.
 
-    python benchmarks/train_step.py [--batch 4] [--steps 2] [--captions grammar full] [--bfloat16]
+    python benchmarks/train_step.py [--batch 4] [--steps 2] [--captions grammar full] [--cut]
+        [--bfloat16]
 
 Both sides run the reference recipe in float32 on the CPU with the same weights and batch: two
 towers, momentum twins, ITC against the batch and the queue, ITM with two hard negatives, AdamW.
@@ -10,9 +11,9 @@ Where JAX and PyTorch both have a GPU it is `train_step_gpu.py` that runs.
 
 `full` captions have 65 real tokens, the most there are. `grammar` captions have the lengths of
 those that the grammar writes: flip_jax cuts them to the first of `steps.BUCKETS` that holds the
-longest, the peer pads them to 65 as the reference does; `pytorch, cut` is the peer on the same cut
-texts. With --bfloat16 both also run with matrix products in bfloat16 (`torch.autocast` there); the
-losses of these are compared within 0.05.
+longest, the peer pads them to 65 as the reference does; with --cut, `pytorch, cut` is the peer on
+the same cut texts. With --bfloat16 both also run with matrix products in bfloat16
+(`torch.autocast` there); the losses of these are compared within 0.05.
 """
 
 from __future__ import annotations
@@ -74,11 +75,11 @@ def peer_config(cfg: Config) -> torch_peer.PeerConfig:
 
 
 def official_weights(state: Any, cfg: Config) -> dict[str, torch.Tensor]:
-    """Parameters, twins and queue of a train state, for `TorchFlip.load_official`."""
+    """`params`, `momentum` and `queue` of a train state, for `TorchFlip.load_official`."""
     official = torch_flip.params_to_official(state["params"], cfg.model)
     official |= torch_flip.params_to_official(state["momentum"], cfg.model, twin=True)
     official |= torch_flip.queue_to_official(state["queue"])
-    return {name: torch.from_numpy(np.array(value)) for name, value in official.items()}
+    return {n: torch.from_numpy(np.require(v, requirements="W")) for n, v in official.items()}
 
 
 def set_dropout(peer: torch.nn.Module, rate: float) -> None:
@@ -156,16 +157,19 @@ def assert_same_losses(sides: Sides, batches: Mapping[str, dict[str, np.ndarray]
     set_dropout(sides.peer, DROPOUT)
 
 
-def compare(sides: Sides, kind: str, padded: dict[str, Any], rounds: int) -> dict[str, Any]:
+def compare(
+    sides: Sides, kind: str, padded: dict[str, Any], rounds: int, peer_on_cut: bool
+) -> dict[str, Any]:
     """One row: the sides on captions of a kind, timed in turns."""
     size, cut = len(padded["group"]), steps.cut(padded)
-    peer_padded, peer_cut = torch_batch(padded), torch_batch(cut)
+    peer_padded = torch_batch(padded)
     calls = {}
     for dtype, step in sides.ours.items():
         note = "" if dtype == "float32" else f", {dtype}"
         calls["flip_jax" + note] = lambda step=step: step(cut)
         calls["pytorch" + note] = lambda d=dtype: sides.theirs(peer_padded, dtype=d)
-    if kind == "grammar":
+    if peer_on_cut and kind == "grammar":
+        peer_cut = torch_batch(cut)
         calls["pytorch, cut"] = lambda: sides.theirs(peer_cut)
     times = steps.in_turns(calls, rounds)
     median = steps.medians(times)
@@ -196,6 +200,7 @@ def main() -> None:
         "--captions", nargs="+", choices=("grammar", "full"), default=["grammar", "full"]
     )
     parser.add_argument("--steps", type=int, help="timed steps of each side: 2; on a GPU 10")
+    parser.add_argument("--cut", action="store_true", help="on a CPU the peer on cut texts, too")
     parser.add_argument("--bfloat16", action="store_true", help="on a CPU in bfloat16, too")
     args = parser.parse_args()
     if jax.default_backend() == "gpu":
@@ -210,7 +215,7 @@ def main() -> None:
         sides = Sides(size, ["float32", "bfloat16"] if args.bfloat16 else ["float32"])
         assert_same_losses(sides, batches)
         for kind, batch in batches.items():
-            rows.append(compare(sides, kind, batch, args.steps or 2))
+            rows.append(compare(sides, kind, batch, args.steps or 2, args.cut))
     versions = {"jax": jax.__version__, "torch": torch.__version__}
     print_result("train_step", rows=rows, **versions, threads=torch.get_num_threads())
 

@@ -39,6 +39,9 @@ def test_a_step_is_timed_after_one_of_its_own(monkeypatch):
     found = steps.in_turns({name: lambda n=name: made.append(n) for name in "ab"}, rounds=3)
     assert made == list("aabbbaaabb")
     assert found == {"a": [2, 7, 8], "b": [4, 5, 10]}
+    made.clear()
+    found = steps.in_turns({name: lambda n=name: made.append(n) for name in "ab"}, 2, warm=False)
+    assert made == list("abba") and found == {"a": [1, 4], "b": [2, 3]}
 
 
 def test_a_profile_has_all_products_of_a_program(capsys):
@@ -136,7 +139,10 @@ def test_what_the_ablation_tries():
     cpu = ablation.steps.half_config(4)
     gpu = ablation.with_model(cpu, dtype="bfloat16", remat="dots")
     on_cpu, on_gpu = ablation.variants(cpu, gpu=False), ablation.variants(gpu, gpu=True)
-    assert set(on_cpu) - set(on_gpu) == {"remat dots", "bfloat16"}
+    assert set(on_cpu) - set(on_gpu) == {"remat dots"}
+    assert ablation.trials(cpu, gpu=False)["bfloat16"][0].model.dtype == "bfloat16"
+    assert "bfloat16" not in ablation.trials(gpu, gpu=True)
+    assert on_gpu["float32"][0].model.dtype == "float32"
     assert set(on_gpu) - set(on_cpu) == {"remat none", "float32", "flash"}
     assert on_gpu["remat none"][0].model.remat == "none"
     assert on_gpu["flash"][0].model.vision.attention == "flash"

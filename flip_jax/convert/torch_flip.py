@@ -187,7 +187,10 @@ def params_to_official(
         value = params
         for name in entry.path.split("/"):
             value = value[name]
-        value = np.asarray(value) if entry.layer is None else np.asarray(value[entry.layer])
+        # The whole stack first: to cut a layer out of it on the device takes milliseconds.
+        value = np.asarray(value)
+        if entry.layer is not None:
+            value = value[entry.layer]
         # Not np.ascontiguousarray: it gives the 0-dim temperature one dimension.
         state[entry.official_name(twin)] = np.asarray(_to_official(value, entry.layout), order="C")
     return state

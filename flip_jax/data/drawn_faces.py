@@ -28,7 +28,7 @@ from flip_jax.data.face_traits import (
     sample_picture,
 )
 
-__all__ = ["PARSING_CLASSES", "SIZES", "DrawnFace", "draw_face", "draw_sketch"]
+__all__ = ["PARSING_CLASSES", "SIZES", "DrawnFace", "draw_face", "draw_sketch", "draw_traits"]
 
 SIZES = (64, 512)  # smallest and largest side of a picture, pixels
 
@@ -78,15 +78,8 @@ def draw_face(seed: int, identity: int, picture: int, size: int = 128) -> DrawnF
             raise ValueError(f"{name} is {value}, must be 0 or more")
     if not SIZES[0] <= size <= SIZES[1]:
         raise ValueError(f"size is {size} pixels, must be {SIZES[0]}..{SIZES[1]}")
-    # The first entry keeps the streams apart.
-    rng, background_rng, noise_rng = (
-        np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(i, identity, picture)))
-        for i in (1, 2, 3)
-    )
-    person = sample_person(
-        np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0, identity)))
-    )
-    look = sample_picture(rng, person)
+    person, look = draw_traits(seed, identity, picture)
+    background_rng, noise_rng = _rng(seed, 2, identity, picture), _rng(seed, 3, identity, picture)
     scene = _scene(person, look, size)
     _paint_background(scene.canvas, background_rng)
     _paint(scene)
@@ -102,6 +95,17 @@ def draw_face(seed: int, identity: int, picture: int, size: int = 128) -> DrawnF
         mask=scene.canvas.mask,
         strokes=scene.canvas.sketch(),
     )
+
+
+def draw_traits(seed: int, identity: int, picture: int) -> tuple[Person, Picture]:
+    """Who is on the picture that `draw_face` draws of the same numbers, and how they look there."""
+    person = sample_person(_rng(seed, 0, identity))
+    return person, sample_picture(_rng(seed, 1, identity, picture), person)
+
+
+def _rng(seed: int, stream: int, *numbers: int) -> np.random.Generator:
+    # The first entry keeps the streams apart.
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stream, *numbers)))
 
 
 def _scene(person: Person, picture: Picture, size: int) -> Scene:
