@@ -170,7 +170,7 @@ def test_what_is_kept_for_the_gradient():
         }.items()
     }
     dtypes = {name: [(leaf.shape, leaf.dtype) for leaf in leaves] for name, leaves in kept.items()}
-    assert dtypes.pop("dropout") == [(x.shape, jnp.bool_)]
+    assert dtypes.pop("dropout") == []  # it draws again
     assert all(found == [(x.shape, jnp.bfloat16)] for found in dtypes.values()), dtypes
 
 

@@ -6,6 +6,7 @@ and are computed with in float64: the differences are our float32 rounding alone
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,14 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.flatten_util import ravel_pytree
+from jax.sharding import NamedSharding, PartitionSpec
 
 from flip_jax import config
 from flip_jax.config import ModelConfig, TextConfig, VisionConfig
 from flip_jax.convert import torch_flip
 from flip_jax.models import flip
 from flip_jax.models.attention import attend
-from flip_jax.models.layers import dropout, scan_blocks
+from flip_jax.models.layers import dropout, random_words, scan_blocks
 from flip_jax.models.vit import keep_random_patches
 
 torch = pytest.importorskip("torch", reason="the reference towers need PyTorch (extra `torch`)")
@@ -524,14 +526,47 @@ def test_dropout():
     np.testing.assert_allclose(dropped[kept], 3 / 0.7, rtol=1e-6)
     assert kept.mean() == pytest.approx(0.7, abs=5 * (0.21 / x.size) ** 0.5)
     assert dropout(x.astype(jnp.bfloat16), 0.3, jax.random.key(0)).dtype == jnp.bfloat16
-    assert (dropout(x, 1e-6, jax.random.key(0)) != 0).all()  # less than the least probability
+    assert (dropout(x, 1e-12, jax.random.key(0)) != 0).all()  # less than the least probability
+    assert (dropout(x, 1 - 1e-12, jax.random.key(0)) == 0).mean() > 0.99
 
 
-def test_neighbours_that_share_a_random_word_are_dropped_independently():
-    kept = np.asarray(dropout(jnp.ones((20_000, 5)), 0.4, jax.random.key(1))) != 0
-    correlation = np.corrcoef(kept, rowvar=False)
-    assert correlation.shape == (5, 5)  # of an odd axis the last half word is left over
-    assert abs(correlation - np.eye(5)).max() < 5 / 20_000**0.5
+def test_random_words_of_a_key():
+    """As if drawn: each bit, all values, elements near each other on any axis, and keys near each
+    other. Bounds are five standard deviations."""
+    seeds = [jax.random.key(seed) for seed in range(8)]  # not mixed: their words are 0 and the seed
+    keys = [*seeds, *jax.random.split(seeds[0], 8)]
+    words = np.stack([random_words(jax.random.key_data(key), (20, 6, 37, 65)) for key in keys])
+    assert words.dtype == np.uint32
+    bits = [(words >> bit & 1).mean(axis=(1, 2, 3, 4)) for bit in range(32)]
+    assert np.abs(np.array(bits) - 0.5).max() < 5 * 0.5 / words[0].size ** 0.5
+    expected = words[0].size / 256
+    for each in words:
+        squares = (np.bincount(each.ravel() >> 24, minlength=256) - expected) ** 2 / expected
+        assert abs(squares.sum() - 255) < 5 * (2 * 255) ** 0.5
+    values = (words / 2**32 - 0.5) * 12**0.5  # variance 1
+
+    def uncorrelated(a, b):
+        assert abs(np.mean(a * b)) < 5 / a.size**0.5
+
+    for axis in range(1, 5):
+        for apart in (1, 2, 4, 8, 16, 32):
+            if apart < values.shape[axis]:
+                ends = np.split(values, [apart], axis), np.split(values, [-apart], axis)
+                uncorrelated(ends[0][1], ends[1][0])
+    for a, b in itertools.combinations(values, 2):
+        uncorrelated(a, b)
+
+
+def test_what_is_dropped_is_the_same_on_any_number_of_devices():
+    x, key = jnp.ones((16, 3, 5, 7)), jax.random.key(3)
+    wanted = dropout(x, 0.3, key)
+    for devices in (2, 8):
+        mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
+        place = NamedSharding(mesh, PartitionSpec("data"))
+        found = jax.jit(lambda x: dropout(x, 0.3, key), out_shardings=place)(
+            jax.device_put(x, place)
+        )
+        np.testing.assert_array_equal(found, wanted)
 
 
 def test_dropout_of_attention_probabilities():
