@@ -81,6 +81,8 @@ def add_bias(x: Array, bias: Array) -> Array:
 
 
 def _bias_gradient(_, grad: Array) -> tuple[Array, Array]:
+    # As an array of its own: XLA for GPUs would keep a copy of it in float32 for the sum.
+    grad = jax.lax.optimization_barrier(grad)
     return grad, jnp.sum(grad, axis=tuple(range(grad.ndim - 1)), dtype=jnp.float32)
 
 
