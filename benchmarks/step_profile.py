@@ -103,7 +103,7 @@ def profile(
     total = sum(found.seconds for found in kinds.values())
     for name, found in sorted(kinds.items(), key=lambda item: -item[1].seconds):
         speed = f"{found.flops / found.seconds / 1e9:6.0f} GFLOP/s" if found.flops else ""
-        print(f"{name:36} {found.seconds:7.2f} s {found.seconds / total:5.0%} {speed}")
+        print(f"{name:42} {found.seconds:7.2f} s {found.seconds / total:5.0%} {speed}")
     return kinds
 
 
@@ -152,13 +152,13 @@ def kind(instruction: Instruction, flops: float) -> str:
         many = len(shape(instruction)) > 3
         return "products of attention" if many else "products with weights, and of ITC"
     if instruction.type.startswith(("u32", "(u32", "u16")):
-        return "random numbers of dropout"
+        return "random numbers"
     for name, pattern in KINDS.items():
         if re.match(pattern, instruction.name):
             return name
     if "jvp(" not in source:
         return "AdamW, twins, queue"
-    return "norms, activations, sums, softmax"
+    return "norms, activations, sums, softmax, dropout"
 
 
 def product_flops(module: Module, computation: str, instruction: Instruction) -> float:
