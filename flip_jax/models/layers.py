@@ -126,7 +126,7 @@ def rows_over_devices(x: Array) -> Array:
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
     """Inverted dropout of x [...]. `key` None means deterministic: x comes back unchanged.
 
-    The probability is a multiple of 2^-32. What is dropped is the same on any number of devices.
+    `rate` is below 1, in multiples of 2^-32. What is dropped is the same on any number of devices.
     """
     if key is None or rate == 0.0:
         return x
@@ -151,7 +151,8 @@ _dropped.defvjp(
 
 
 def random_words(words: Array, shape: tuple[int, ...]) -> Array:
-    """uint32 of this shape from the first two `words` of a key: its elements' numbers, mixed twice.
+    """uint32 of this shape from the first two `words`, uint32 [2 or more], of a key: its elements'
+    numbers, mixed twice.
 
     Enough for dropout, and for nothing that must withstand more than statistics. It is arithmetic
     that XLA puts into what reads it. Threefry, with which `jax.random` draws, was a loop for each
