@@ -22,6 +22,7 @@ With --trials, or by name, also one more lever, and what was tried and is not in
 
 three passes: ITM of own pairs, of texts with their negative images and of images with their
     negative texts in a pass each, with keys and values of its own, as the reference does.
+twins after: momentum twins wait for the online towers, so that none of them run side by side.
 bfloat16: matrix products in it, on a CPU. Its losses differ.
 filled patches: attention of the image tower on 208 tokens, a multiple of the width of vectors, of
     which 11 are masked, not on 197.
@@ -117,6 +118,26 @@ def three_passes() -> Iterator[None]:
 
 
 @contextmanager
+def twins_after() -> Iterator[None]:
+    plain, online = flip_losses.in_parts, []
+
+    def in_parts(encode, parts):
+        def call(keys, image, texts):
+            if encode.__name__ == "encode_twin":
+                # No compiler may take 0 * x for 0: x could be NaN.
+                wait = 0 * sum(map(jax.numpy.sum, jax.tree.leaves(online.pop())))
+                image, texts = image + wait, (texts[0] + wait.astype(texts[0].dtype), texts[1])
+            found = plain(encode, parts)(keys, image, texts)
+            online.append(found)
+            return found
+
+        return call
+
+    with patch.object(flip_losses, "in_parts", in_parts):
+        yield
+
+
+@contextmanager
 def filled_patches() -> Iterator[None]:
     plain = attention.attend
 
@@ -189,6 +210,7 @@ def trials(cfg: Config, gpu: bool) -> dict[str, tuple[Config, Callable[[], Any],
     of_cpu = {"bfloat16": (with_model(cfg, dtype="bfloat16"), nullcontext, False)}
     return {
         "three passes": (cfg, three_passes, False),
+        "twins after": (cfg, twins_after, False),
         **({} if gpu else of_cpu),
         "filled patches": (cfg, filled_patches, False),
         "fused QKV": (cfg, fused_qkv, False),

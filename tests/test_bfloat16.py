@@ -1,6 +1,7 @@
 """Training in bfloat16: gradients that are sums over many rows, norms, dropout, evaluation."""
 
 import dataclasses
+import re
 from functools import partial
 
 import jax
@@ -26,10 +27,14 @@ from flip_jax.models import flip
 from flip_jax.models.attention import attend
 from flip_jax.models.layers import (
     LayerNorm,
+    Linear,
     add_bias,
     dropout,
     exact_gelu,
+    product,
     quick_gelu,
+    scan_blocks,
+    stack_blocks,
     take_rows,
 )
 
@@ -201,6 +206,68 @@ def test_the_gradient_of_a_norm():
         )
         slope = (there - back) / 2e-6
         assert np.sum(np.float64(grad) * direction) == pytest.approx(slope, rel=1e-5)
+
+
+@pytest.mark.parametrize("right", [(16, 7), (4, 3, 16, 7)], ids=["weights", "in batches"])
+def test_a_product_is_rounded_once(right):
+    """It and its gradients are those of float64, rounded to bfloat16."""
+    rng = np.random.default_rng(0)
+    x, y, grad = (
+        jnp.asarray(rng.normal(size=size), jnp.bfloat16)
+        for size in ((4, 3, 5, 16), right, (4, 3, 5, 7))
+    )
+    wide = [np.asarray(a, np.float64) for a in (x, y, grad)]
+    value, back = jax.vjp(partial(product, dtype=jnp.bfloat16), x, y)
+    to_y = np.einsum("...mi,...mn->...in", wide[0], wide[2])
+    exact = [
+        wide[0] @ wide[1],
+        wide[2] @ wide[1].swapaxes(-1, -2),
+        to_y if len(right) > 2 else to_y.sum(axis=(0, 1)),
+    ]
+    for found, wanted in zip((value, *back(grad)), exact, strict=True):
+        assert found.dtype == jnp.bfloat16
+        # Half a unit in the last place, and the sum in float32.
+        np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=2**-8, atol=1e-5)
+
+
+def test_products_come_out_in_float32_on_cpus_alone():
+    """XLA for CPUs has fast ones of bfloat16 for that alone; a GPU would write it to memory."""
+    block = Linear(16, 16, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(block)
+
+    def loss(state, x):
+        heads = jnp.broadcast_to(nnx.merge(graphdef, state)(x), (2, 3, 9, 16))
+        return jnp.sum(attend(heads, heads, heads).astype(jnp.float32))
+
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(state, jnp.ones((9, 16), jnp.bfloat16))
+    results = {
+        platform: [
+            re.search(r"-> tensor<[0-9x]+x(\w+)>", line)[1]
+            for line in traced.lower(lowering_platforms=(platform,)).as_text().splitlines()
+            if "dot_general" in line
+        ]
+        for platform in ("cpu", "cuda", "tpu")
+    }
+    # One of weights, logits, and two gradients each of three; nothing reads what attention gives.
+    assert results["cpu"] == ["f32"] * 8
+    # Logits alone are float32 everywhere.
+    assert sorted(results["cuda"]) == sorted(results["tpu"]) == ["bf16"] * 7 + ["f32"]
+
+
+def test_remat_dots_keeps_products_in_bfloat16():
+    """One array of each product with weights and layer, and nothing else of the size of x."""
+    blocks = stack_blocks(
+        lambda rngs: Linear(16, 16, dtype=jnp.bfloat16, rngs=rngs), 3, nnx.Rngs(0)
+    )
+
+    def run(x):
+        twice = lambda block, x, _: exact_gelu(block(exact_gelu(block(x))))  # noqa: E731
+        return scan_blocks(blocks, x, twice, key=None, remat="dots")[0]
+
+    kept = jax.tree.leaves(jax.vjp(run, jnp.ones((5, 7, 16), jnp.bfloat16))[1])
+    large = sorted((leaf.shape, str(leaf.dtype)) for leaf in kept if leaf.size >= 5 * 7 * 16)
+    of_layers = [each for each in large if each[0] != (3, 16, 16)]
+    assert of_layers == [((3, 5, 7, 16), "bfloat16")] * 3  # two products, and x itself
 
 
 def test_attention_has_products_of_bfloat16_alone():

@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask impo
 )
 from jax.sharding import PartitionSpec
 
-from flip_jax.models.layers import Linear, dropout, normal
+from flip_jax.models.layers import Linear, dropout, normal, product
 
 Array = jax.Array
 
@@ -63,20 +63,21 @@ def attend(
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1)
     weights = dropout(weights, dropout_rate, dropout_key).astype(value.dtype)
-    return jnp.matmul(weights, value)
+    return product(weights, value, value.dtype)
 
 
 @jax.custom_vjp
 def _logits(query: Array, key: Array) -> Array:
-    """query [..., Sq, K] keyᵀ [..., Sk, K] -> [..., Sq, Sk] float32; its gradients are products in
-    the dtype of the two, as all others: by itself JAX would take both for float32."""
-    return jnp.matmul(query, key.swapaxes(-1, -2), preferred_element_type=jnp.float32)
+    """query [..., Sq, K] keyᵀ [..., Sk, K] -> [..., Sq, Sk] float32. `product` would give the key's
+    gradient transposed, which takes longer."""
+    return product(query, key.swapaxes(-1, -2), jnp.float32)
 
 
 def _logits_gradient(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     query, key = saved
     grad = grad.astype(query.dtype)
-    return jnp.matmul(grad, key), jnp.matmul(grad.swapaxes(-1, -2), query)
+    to_key = product(grad.swapaxes(-1, -2), query, key.dtype)
+    return product(grad, key, query.dtype), to_key
 
 
 _logits.defvjp(lambda query, key: (_logits(query, key), (query, key)), _logits_gradient)

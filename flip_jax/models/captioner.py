@@ -14,7 +14,7 @@ from flax import nnx
 
 from flip_jax.config import TextConfig
 from flip_jax.models.bert import EPSILON, Bert
-from flip_jax.models.layers import LayerNorm, Linear, exact_gelu, normal
+from flip_jax.models.layers import LayerNorm, Linear, exact_gelu, normal, product
 
 Array = jax.Array
 
@@ -33,7 +33,7 @@ class CaptionHead(nnx.Module):
         """Args: x: [..., D]; word_embed: [V, D]. Returns logits float32 [..., V]."""
         x = self.norm(exact_gelu(self.dense(x)))
         table = word_embed.astype(x.dtype).T
-        return jnp.matmul(x, table, preferred_element_type=jnp.float32) + self.bias[...]
+        return product(x, table, jnp.float32) + self.bias[...]
 
 
 class Memory(NamedTuple):

@@ -15,9 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 Array = jax.Array
+
+
+_PRODUCT = "product"  # of a `Linear`, without its bias: what `remat="dots"` keeps
 
 
 def normal(std: float) -> Callable[..., Array]:
@@ -67,11 +71,51 @@ _normed.defvjp(_normed_forward, _normed_gradient)
 
 
 class Linear(nnx.Linear):
-    """x [..., in] @ kernel + bias in `dtype`; the gradient of the bias is summed in float32."""
+    """x [..., in] @ kernel (+ bias) in `dtype`; the gradient of the bias is summed in float32."""
 
     def __call__(self, x: Array) -> Array:
-        y = jnp.matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
-        return add_bias(y, self.bias[...])
+        y = product(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.dtype)
+        y = checkpoint_name(y, _PRODUCT)
+        return y if self.bias is None else add_bias(y, self.bias[...])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x: Array, y: Array, dtype: jnp.dtype) -> Array:
+    """x [..., M, I] @ y [I, N] or [..., I, N] -> [..., M, N] in `dtype`.
+
+    Its gradients are products in the dtype of x and y, which is one: by itself JAX would take them
+    for float32 where `dtype` is.
+    """
+    return _summed(jnp.matmul, x, y, dtype)
+
+
+def _summed(multiply: Callable[..., Array], x: Array, y: Array, dtype: jnp.dtype) -> Array:
+    """A product in `dtype`, which on CPUs is rounded from float32: those of bfloat16 in XLA for
+    CPUs are fast for that alone. XLA for GPUs would write the float32 to memory."""
+
+    def wide(x: Array, y: Array) -> Array:
+        return multiply(x, y, preferred_element_type=jnp.float32).astype(dtype)
+
+    def direct(x: Array, y: Array) -> Array:
+        return multiply(x, y, preferred_element_type=dtype)
+
+    if dtype == jnp.float32:
+        return direct(x, y)
+    return jax.lax.platform_dependent(x, y, cpu=wide, default=direct)
+
+
+def _product_gradient(dtype: jnp.dtype, saved: tuple[Array, Array], grad: Array):
+    x, y = saved
+    grad = grad.astype(x.dtype)
+    to_x = product(grad, y.swapaxes(-1, -2), x.dtype)
+    if y.ndim > 2:
+        return to_x, product(x.swapaxes(-1, -2), grad, y.dtype)
+    rows = tuple(range(x.ndim - 1))
+    over_rows = partial(jax.lax.dot_general, dimension_numbers=((rows, rows), ((), ())))
+    return to_x, _summed(over_rows, x, grad, y.dtype)
+
+
+product.defvjp(lambda x, y, dtype: (product(x, y, dtype), (x, y)), _product_gradient)
 
 
 @jax.custom_vjp
@@ -232,7 +276,7 @@ def stack_blocks(make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs:
 
 
 _REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(_PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
