@@ -248,10 +248,10 @@ def test_products_come_out_in_float32_on_cpus_alone():
         ]
         for platform in ("cpu", "cuda", "tpu")
     }
-    # One of weights, logits, and two gradients each of three; nothing reads what attention gives.
-    assert results["cpu"] == ["f32"] * 8
+    # One of weights, two of attention, and two gradients of each.
+    assert results["cpu"] == ["f32"] * 9
     # Logits alone are float32 everywhere.
-    assert sorted(results["cuda"]) == sorted(results["tpu"]) == ["bf16"] * 7 + ["f32"]
+    assert sorted(results["cuda"]) == sorted(results["tpu"]) == ["bf16"] * 8 + ["f32"]
 
 
 def test_remat_dots_keeps_products_in_bfloat16():
@@ -298,6 +298,16 @@ def test_attention_has_products_of_bfloat16_alone():
     assert 0 < error < 2**-7
     for one, other in zip(found, wanted, strict=True):
         assert relative(one, other) < 2 * error
+
+
+def test_attention_keeps_its_weights_once():
+    """In bfloat16, before dropout, beside queries, keys, values and what comes out."""
+    heads = [jnp.ones((4, 2, n, 16), jnp.bfloat16) for n in (9, 13, 13)]
+    key = jax.random.key(0)
+    back = jax.vjp(partial(attend, dropout_rate=0.1, dropout_key=key), *heads)[1]
+    kept = sorted((x.shape, str(x.dtype)) for x in jax.tree.leaves(back) if x.ndim == 4)
+    shapes = sorted([*(x.shape for x in heads), (4, 2, 9, 13), (4, 2, 9, 16)])
+    assert kept == [(shape, "bfloat16") for shape in shapes]
 
 
 def _equations(program) -> list:
