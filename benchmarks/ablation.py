@@ -18,12 +18,12 @@ remat none, dots, full: how much the backward pass recomputes, which saves memor
 float32, flash: matrix products in float32, whose losses differ; the fused kernel for attention
     among patches. Both on a GPU.
 
-With --trials, or by name, also one more lever, and what was tried and is not in the step:
+With --trials, or by name, also more of them, and what was tried and is not in the step:
 
 three passes: ITM of own pairs, of texts with their negative images and of images with their
     negative texts in a pass each, with keys and values of its own, as the reference does.
 twins after: momentum twins wait for the online towers, so that none of them run side by side.
-bfloat16: matrix products in it, on a CPU. Its losses differ.
+bfloat16: matrix products in it, on a CPU, which may be faster than float32. Its losses differ.
 filled patches: attention of the image tower on 208 tokens, a multiple of the width of vectors, of
     which 11 are masked, not on 197.
 fused QKV: queries, keys and values of the image tower from one product with their weights side by

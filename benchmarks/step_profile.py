@@ -1,6 +1,7 @@
 """Where the time of a training step goes on the CPU, and what its matrix products alone would take.
 
     python benchmarks/step_profile.py [--size base|half] [--batch 8] [--remat dots] [--keep 49]
+        [--bfloat16]
 
 Runs the full recipe on grammar captions under XLA's profiler and sorts what it executed by kind.
 Operations that run side by side count with their own times, so shares are of the sum. `limit` is
@@ -17,6 +18,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +58,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--remat", choices=("none", "dots", "full"), default="dots")
     parser.add_argument("--keep", type=int, default=196, help="patches of 196, see masking.py")
+    parser.add_argument("--bfloat16", action="store_true", help="products in it, not in float32")
     args = parser.parse_args()
+    dtype = "bfloat16" if args.bfloat16 else "float32"
     cfg = steps.CONFIGS[args.size](args.batch)
-    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, remat=args.remat))
+    cfg = dataclasses.replace(
+        cfg, model=dataclasses.replace(cfg.model, remat=args.remat, dtype=dtype)
+    )
     cfg = masked(cfg, args.keep)
     batch = steps.cut(steps.make_batch(steps.grammar_lengths(args.batch)))
     step = steps.Step(cfg)
     step(batch)
     seconds = steps.timed(lambda: step(batch))
     kinds = profile(lambda: step(batch), Module(step.text(batch)), kind)
-    rate = product_rate()
+    rate = product_rate(dtype=dtype)
     flops = sum(found.flops for found in kinds.values())
     print(f"step {seconds:.2f} s; limit {flops / rate:.2f} s: {flops / 1e12:.2f} TFLOP of products")
     print(f"at {rate / 1e9:.0f} GFLOP/s")
@@ -75,6 +81,7 @@ def main() -> None:
         batch=args.batch,
         remat=args.remat,
         keep=args.keep,
+        dtype=dtype,
         kinds={name: dataclasses.asdict(found) for name, found in kinds.items()},
         step_seconds=seconds,
         product_flops_per_second=rate,
@@ -172,11 +179,12 @@ def product_flops(module: Module, computation: str, instruction: Instruction) ->
     return sum(module.flops_of_dot(called[1], one) for one in inside if one.op == "dot")
 
 
-def product_rate(rounds: int = 50) -> float:
-    """FLOP/s of a product of the size of the largest in the step, the fastest of some."""
+def product_rate(rounds: int = 50, dtype: str = "float32") -> float:
+    """FLOP/s of a product of the size of the largest in the step, the fastest of some; what comes
+    out is float32."""
     rows, inner, columns = 1576, 768, 3072
-    left, right = jnp.ones((rows, inner)), jnp.ones((inner, columns))
-    product = jax.jit(lambda a, b: a @ b)
+    left, right = jnp.ones((rows, inner), dtype), jnp.ones((inner, columns), dtype)
+    product = jax.jit(partial(jnp.matmul, preferred_element_type=jnp.float32))
     jax.block_until_ready(product(left, right))
     fastest = min(
         steps.timed(lambda: jax.block_until_ready(product(left, right))) for _ in range(rounds)
