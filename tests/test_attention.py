@@ -1,7 +1,7 @@
-"""Fused attention: values and gradients against the plain products, and when which is used.
+"""Attention: plain products against it written out, fused kernels against these, which is used.
 
-Neither kernel can run here. Splash attention is interpreted, cuDNN's is compiled as far as the call
-of its library; its numbers are not tested.
+Neither fused kernel can run here. Splash attention is interpreted, cuDNN's is compiled as far as
+the call of its library; its numbers are not tested.
 """
 
 import functools
@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from flip_jax.config import VisionConfig
 from flip_jax.models import attention
 from flip_jax.models.attention import attend, cudnn_attention, fused_kernel, splash_attention
+from flip_jax.models.layers import dropout
 from flip_jax.models.vit import VisionTransformer
 
 ROWS = P(("data", "fsdp"))
@@ -153,3 +154,35 @@ def test_the_image_tower_with_flash_attention(interpreted, monkeypatch, first_on
     np.testing.assert_allclose(found, out, atol=1e-5)
     for one, other in zip(*map(jax.tree.leaves, (found_gradients, gradients)), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5 * max(1, float(jnp.abs(other).max())))
+
+
+@pytest.mark.parametrize("masked", ["nothing", "keys", "queries and keys"])
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_the_gradient_is_that_of_attention_written_out(rate, masked):
+    """Of its weights with dropout, by JAX's own rules."""
+    rng = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(rng.normal(size=(3, 2, n, 8)), jnp.float32) for n in (5, 7, 7))
+    aim = rng.normal(size=query.shape).astype(np.float32)
+    shape = {"nothing": None, "keys": (3, 7), "queries and keys": (3, 5, 7)}[masked]
+    mask = None if shape is None else jnp.asarray(rng.random(shape) < 0.7).at[..., 0].set(True)
+    dropout_key = jax.random.key(1)
+
+    def written_out(query, key, value):
+        logits = jnp.einsum("bhqk,bhnk->bhqn", query, key) / jnp.sqrt(8.0)
+        if mask is not None:
+            logits += jnp.where(mask.reshape(3, 1, -1, 7), 0.0, -1e30)
+        return dropout(jax.nn.softmax(logits), rate, dropout_key) @ value
+
+    def ours(query, key, value):
+        options = {"dropout_rate": rate, "dropout_key": dropout_key}
+        return attend(query, key, value, mask, **options)
+
+    (found, grads), (wanted, exact) = (
+        jax.value_and_grad(lambda *heads, f=f: jnp.sum(f(*heads) * aim), argnums=(0, 1, 2))(
+            query, key, value
+        )
+        for f in (ours, written_out)
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    for one, other in zip(grads, exact, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-6)

@@ -230,6 +230,12 @@ def test_a_product_is_rounded_once(right):
         np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=2**-8, atol=1e-5)
 
 
+def test_the_gradient_of_a_product_in_float32_has_products_of_bfloat16():
+    x, y = jnp.ones((2, 5, 16), jnp.bfloat16), jnp.ones((16, 7), jnp.bfloat16)
+    gradient = jax.grad(lambda x, y: jnp.sum(product(x, y, jnp.float32) ** 2), argnums=(0, 1))
+    assert _multiplied(gradient, x, y) == {jnp.dtype(jnp.bfloat16)}
+
+
 def test_products_come_out_in_float32_on_cpus_alone():
     """XLA for CPUs has fast ones of bfloat16 for that alone; a GPU would write it to memory."""
     block = Linear(16, 16, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
@@ -283,14 +289,7 @@ def test_attention_has_products_of_bfloat16_alone():
 
         return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
 
-    program = jax.make_jaxpr(gradient(jnp.bfloat16))(*heads)
-    kinds = {
-        value.aval.dtype
-        for each in _equations(program.jaxpr)
-        if each.primitive.name == "dot_general"
-        for value in each.invars
-    }
-    assert kinds == {jnp.dtype(jnp.bfloat16)}
+    assert _multiplied(gradient(jnp.bfloat16), *heads) == {jnp.dtype(jnp.bfloat16)}
     (*found, value), (*wanted, exact) = (
         (*grads, out) for grads, out in (gradient(t)(*heads) for t in (jnp.bfloat16, jnp.float32))
     )
@@ -308,6 +307,16 @@ def test_attention_keeps_its_weights_once():
     kept = sorted((x.shape, str(x.dtype)) for x in jax.tree.leaves(back) if x.ndim == 4)
     shapes = sorted([*(x.shape for x in heads), (4, 2, 9, 13), (4, 2, 9, 16)])
     assert kept == [(shape, "bfloat16") for shape in shapes]
+
+
+def _multiplied(function, *arguments) -> set:
+    """The dtypes of what goes into its matrix products."""
+    return {
+        value.aval.dtype
+        for each in _equations(jax.make_jaxpr(function)(*arguments).jaxpr)
+        if each.primitive.name == "dot_general"
+        for value in each.invars
+    }
 
 
 def _equations(program) -> list:
