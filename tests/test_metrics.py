@@ -129,9 +129,15 @@ def test_peaks(kind, tera):
 
 
 def matmul_flops(jaxpr) -> int:
-    """2 m n k of every matrix product in a program, those in a loop times its length."""
+    """2 m n k of every matrix product in a program, those in a loop times its length, those of
+    several platforms once."""
     total = 0
     for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "cond":
+            assert eqn.params["branches_platforms"], "a branch of unknown length"
+            (flops,) = {matmul_flops(branch.jaxpr) for branch in eqn.params["branches"]}
+            total += flops
+            continue
         if eqn.primitive.name == "dot_general":
             (contracting, _), _ = eqn.params["dimension_numbers"]
             inner = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracting)
