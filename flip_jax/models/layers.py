@@ -71,12 +71,11 @@ _normed.defvjp(_normed_forward, _normed_gradient)
 
 
 class Linear(nnx.Linear):
-    """x [..., in] @ kernel (+ bias) in `dtype`; the gradient of the bias is summed in float32."""
+    """x [..., in] @ kernel + bias in `dtype`; the gradient of the bias is summed in float32."""
 
     def __call__(self, x: Array) -> Array:
         y = product(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.dtype)
-        y = checkpoint_name(y, _PRODUCT)
-        return y if self.bias is None else add_bias(y, self.bias[...])
+        return add_bias(checkpoint_name(y, _PRODUCT), self.bias[...])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

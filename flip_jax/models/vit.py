@@ -16,7 +16,6 @@ from flip_jax.config import VisionConfig
 from flip_jax.models.attention import Attention
 from flip_jax.models.layers import (
     LayerNorm,
-    Linear,
     Mlp,
     normal,
     quick_gelu,
@@ -85,7 +84,7 @@ class VisionTransformer(nnx.Module):
     def __init__(self, cfg: VisionConfig, *, dtype: jnp.dtype, remat: str, rngs: nnx.Rngs):
         self.patch_size, self.keep_patches = cfg.patch_size, cfg.keep_patches
         self.dtype, self.remat = dtype, remat
-        self.patch_embed = Linear(
+        self.patch_embed = nnx.Linear(
             3 * cfg.patch_size**2,
             cfg.width,
             use_bias=False,
