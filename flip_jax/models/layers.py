@@ -85,10 +85,10 @@ def product(x: Array, y: Array, dtype: jnp.dtype) -> Array:
     Its gradients are products in the dtype of x and y, which is one: by itself JAX would take them
     for float32 where `dtype` is.
     """
-    return _summed(jnp.matmul, x, y, dtype)
+    return _multiply(jnp.matmul, x, y, dtype)
 
 
-def _summed(multiply: Callable[..., Array], x: Array, y: Array, dtype: jnp.dtype) -> Array:
+def _multiply(multiply: Callable[..., Array], x: Array, y: Array, dtype: jnp.dtype) -> Array:
     """A product in `dtype`, which on CPUs is rounded from float32: those of bfloat16 in XLA for
     CPUs are fast for that alone. XLA for GPUs would write the float32 to memory."""
 
@@ -111,7 +111,7 @@ def _product_gradient(dtype: jnp.dtype, saved: tuple[Array, Array], grad: Array)
         return to_x, product(x.swapaxes(-1, -2), grad, y.dtype)
     rows = tuple(range(x.ndim - 1))
     over_rows = partial(jax.lax.dot_general, dimension_numbers=((rows, rows), ((), ())))
-    return to_x, _summed(over_rows, x, grad, y.dtype)
+    return to_x, _multiply(over_rows, x, grad, y.dtype)
 
 
 product.defvjp(lambda x, y, dtype: (product(x, y, dtype), (x, y)), _product_gradient)
