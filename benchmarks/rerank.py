@@ -12,7 +12,8 @@ pytorch: the loop of the reference (`torch_peer.itm_scores`): query by query, k 
     directions one after the other. One query is timed, an image that looks for captions; the other
     direction is as much work.
 flip_jax: `visit_pairs`. It plans the whole gallery; of the calls that it makes, one of each length
-    of text is timed, and counts as often as there are such calls.
+    of text is timed, and counts as often as there are such calls; so does what makes the keys and
+    values of a block of images.
 
 The scores of some rows of two of these calls are compared first. `ratio` is that of the seconds
 for the gallery; a pair that both directions want is scored once here, which `per_pair` does not
@@ -93,37 +94,38 @@ def wanted_pairs(gallery: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
     return *asked[0], i2t
 
 
+class Program:
+    """One compiled, and what it is called with."""
+
+    def __init__(self, lowered: jax.stages.Lowered, *arguments: Any):
+        self.arguments, self._run = arguments, lowered.compile()
+        self.module = Module(self._run.as_text())
+
+    def __call__(self) -> Any:
+        return jax.block_until_ready(self._run(*self.arguments))
+
+
 class Ours:
-    """The calls of `visit_pairs`. All images are the one whose pixels are given."""
+    """What `visit_pairs` runs: `block`, the keys and values of a block of images, and the calls.
+    All images are the one whose pixels are given."""
 
     def __init__(self, params: flip.Params, model, pixels: np.ndarray, batch: dict):
         graphdef = flip.build(model)
         self.mesh = partition.make_mesh(MeshConfig(), jax.devices()[:1])
         encode = jax.jit(lambda params, image: nnx.merge(graphdef, params).encode_image(image)[0])
-        self.params, self.tokens = params, encode(params, pixels)
+        self.params, tokens = params, encode(params, np.repeat(pixels, BLOCK, axis=0))
+        keys_values = pair_visits.keys_values_everywhere(graphdef, self.mesh).lower(params, tokens)
+        self.block = Program(keys_values, params, tokens)
+        self.keys_values = self.block()
         self.texts = batch["token_ids"], batch["token_mask"]
 
         def match(params, ids, mask, tokens, index):
             return nnx.merge(graphdef, params).match(ids, mask, tokens, index)[:, 1]
 
-        self.match, self._programs = jax.jit(match), {}
+        self.match = jax.jit(match)
 
-    def __call__(self, *call: jax.Array) -> jax.Array:
-        """Scores of one call."""
-        return jax.block_until_ready(self._compiled(*call)(self.params, *call))
-
-    def module(self, *call: jax.Array) -> Module:
-        """The program of one call."""
-        return Module(self._compiled(*call).as_text())
-
-    def _compiled(self, *call: jax.Array) -> Any:
-        length = call[0].shape[1]
-        if length not in self._programs:
-            self._programs[length] = self.match.lower(self.params, *call).compile()
-        return self._programs[length]
-
-    def calls(self, pairs: tuple[np.ndarray, np.ndarray]) -> dict[int, tuple[int, tuple]]:
-        """Length of text -> how many calls have it, and the arguments of the last one."""
+    def calls(self, pairs: tuple[np.ndarray, np.ndarray]) -> dict[int, tuple[int, Program]]:
+        """Length of text -> how many calls have it, and the last one."""
         found: dict[int, tuple[int, tuple]] = {}
 
         def note(*call: jax.Array) -> np.ndarray:
@@ -135,13 +137,16 @@ class Ours:
             Gallery(1 + pairs[0].max()),
             self.texts,
             pairs,
-            encode=lambda numbers: self.tokens[np.zeros(len(numbers), int)],
+            encode=lambda _: self.keys_values,
             match=note,
             size=BLOCK,
             mesh=self.mesh,
         )
         assert sum(len(rows) for rows, _ in visits) == len(pairs[0])
-        return found
+        return {
+            length: (count, Program(self.match.lower(self.params, *call), self.params, *call))
+            for length, (count, call) in found.items()
+        }
 
 
 class Theirs:
@@ -192,24 +197,22 @@ def main() -> None:
     calls = ours.calls((images, texts))
     print({length: f"{count} calls" for length, (count, _) in sorted(calls.items())})
     for length in (min(calls), max(calls)):
-        assert_same_scores(ours, theirs, calls[length][1])
+        assert_same_scores(calls[length][1], theirs)
     query = {name: value[i2t[0]] for name, value in batch.items()}
-    timed = {length: lambda call=call: ours(*call) for length, (_, call) in calls.items()}
-    for _, call in calls.values():
-        ours.module(*call)  # compiled by now
-    # Calls of seconds that take little memory: those after one of their own are as long.
-    times = steps.in_turns(timed | {"pytorch": lambda: theirs(query)}, args.rounds, warm=False)
-    counts = [count for count, _ in calls.values()]
-    mine = zip(*(times[length] for length in calls), strict=True)
+    mine = calls | {"block": (-(-args.gallery // BLOCK), ours.block)}
+    timed = {name: program for name, (_, program) in mine.items()}
+    times = steps.in_turns(timed | {"pytorch": lambda: theirs(query)}, args.rounds)
+    counts = [count for count, _ in mine.values()]
+    rounds = zip(*(times[name] for name in mine), strict=True)
     seconds = {
-        "flip_jax": [float(np.dot(counts, one_round)) for one_round in mine],
+        "flip_jax": [float(np.dot(counts, one_round)) for one_round in rounds],
         "pytorch": [2 * args.gallery * each for each in times["pytorch"]],
     }
     pairs = {"flip_jax": len(images), "pytorch": 2 * args.gallery * args.k}
     one = {name: value[:1] for name, value in query.items()}
     work = {
         "flip_jax": float(
-            sum(count * ours.module(*call).dot_flops() for count, call in calls.values())
+            sum(count * program.module.dot_flops() for count, program in mine.values())
         ),
         "pytorch": float(pairs["pytorch"] * theirs.flops(one)),
     }
@@ -232,26 +235,23 @@ def main() -> None:
         ratio_by_count=work["pytorch"] / work["flip_jax"],
         per_pair=per_pair["pytorch"] / per_pair["flip_jax"],
         gallery_seconds=seconds,
-        profile=where_time_goes(ours, calls[commonest][1], statistics.median(times[commonest])),
+        profile=where_time_goes(calls[commonest][1], statistics.median(times[commonest])),
     )
 
 
-def where_time_goes(ours: Ours, call: tuple, seconds: float) -> dict[str, Any]:
+def where_time_goes(call: Program, seconds: float) -> dict[str, Any]:
     """Prints it, of a call that takes so long, and how long its products would take at the rate of
     a large one."""
-    rows, length = call[0].shape
-    of_texts = {rows * length, rows}  # the last layer looks at first tokens alone
+    rows, length = call.arguments[1].shape
 
     def kind(instruction: Instruction, flops: float) -> str:
         if not flops:
             return "norms, activations, sums, copies"
-        shape = step_profile.shape(instruction)
-        if len(shape) > 3:
-            return "products of attention"
-        return "products of texts" if shape[0] in of_texts else "keys and values of images"
+        of_attention = len(step_profile.shape(instruction)) > 3
+        return "products of attention" if of_attention else "products with weights"
 
     print(f"one call of {rows} pairs, {length} tokens each:")
-    kinds = step_profile.profile(lambda: ours(*call), ours.module(*call), kind)
+    kinds = step_profile.profile(call, call.module, kind)
     rate = step_profile.product_rate()
     limit = sum(found.flops for found in kinds.values()) / rate
     print(
@@ -264,11 +264,12 @@ def where_time_goes(ours: Ours, call: tuple, seconds: float) -> dict[str, Any]:
     }
 
 
-def assert_same_scores(ours: Ours, theirs: Theirs, call: tuple) -> None:
+def assert_same_scores(call: Program, theirs: Theirs) -> None:
     """Of the first rows of a call of ours; the peer pads their texts to 65 tokens."""
-    mine = np.asarray(ours(*call))[:COMPARED]
-    texts = {"token_ids": call[0], "token_mask": call[1]}
-    short = 65 - call[0].shape[1]
+    mine = np.asarray(call())[:COMPARED]
+    _, ids, mask, *_ = call.arguments
+    texts = {"token_ids": ids, "token_mask": mask}
+    short = 65 - ids.shape[1]
     padded = {n: np.pad(np.asarray(v)[:COMPARED], ((0, 0), (0, short))) for n, v in texts.items()}
     peers = theirs(padded)
     difference, spread = float(np.abs(peers - mine).max()), float(np.std(peers))

@@ -210,13 +210,12 @@ def test_recorded_scores(
     ("groups_per_image", "together", "cuts"), [(16, 1, 4), (8, 2, 2), (4, 4, 1)]
 )
 def test_pairs_are_cut_into_calls_that_hold_them(monkeypatch, groups_per_image, together, cuts):
-    """Every pair once; each call has texts that fit and images within its window."""
+    """Every pair once; each call has texts that fit."""
     monkeypatch.setattr(pair_visits, "_CALLS_PER_LENGTH", 12)
     monkeypatch.setattr(pair_visits, "_PAIRS_PER_IMAGE", together)
     monkeypatch.setattr(pair_visits, "_GROUPS_PER_IMAGE", groups_per_image)
     rng = np.random.default_rng(0)
     size, texts = 8, 40
-    # The window cuts calls where images have few pairs.
     share = np.repeat(np.where(np.arange(20) % 8 < 5, 0.1, 1.0), texts)
     chosen = rng.choice(20 * texts, 400, replace=False, p=share / share.sum())
     image, text = np.divmod(np.sort(chosen), texts)
@@ -226,8 +225,7 @@ def test_pairs_are_cut_into_calls_that_hold_them(monkeypatch, groups_per_image, 
 
     def match(ids, mask_, tokens, index):
         assert ids.shape == mask_.shape and len(ids) == size * together == len(index) * together
-        assert index.max() < len(tokens)
-        seen.append((ids.shape[1], len(tokens)))
+        seen.append(ids.shape[1])
         # Which text and image it was, and how much of the text was there.
         looked_at = np.repeat(tokens[index], together)
         return np.stack([ids[:, 0], looked_at, mask_.sum(axis=1)], axis=1)
@@ -247,9 +245,7 @@ def test_pairs_are_cut_into_calls_that_hold_them(monkeypatch, groups_per_image, 
         assert (found[rows] == -1).all()
         found[rows] = values
     np.testing.assert_array_equal(found, np.stack([text, image, mask.sum(axis=1)[text]], axis=1))
-    lengths, windows = (set(kind) for kind in zip(*seen, strict=True))
-    assert len(set(seen)) == len(lengths) == cuts and max(lengths) == 65  # few compilations
-    assert max(windows) < size or cuts == 1
+    assert len(set(seen)) == cuts and max(seen) == 65  # few compilations
 
 
 @pytest.mark.parametrize("per_image", [16, 512])
@@ -264,17 +260,16 @@ def test_lengths_do_not_cost_more_calls_than_they_save(per_image):
     assert groups.shape[1] == (4 if per_image == 512 else 1)
     assert sorted(groups.ravel()) == list(range(len(image)))
     assert (image[groups] == image[groups[:, :1]]).all()
-    longest, group_image = tokens[groups].max(axis=1), image[groups[:, 0]]
+    longest = tokens[groups].max(axis=1)
     groups_per_call = 4 * size // groups.shape[1]
     calls, blocks = len(groups) // groups_per_call, images // size
     length = pair_visits._cut_lengths(longest, calls, blocks, 65)
-    windows = pair_visits._windows(group_image, length, groups_per_call, size)
     made, columns = 0, 0
     per_block = size * len(groups) // images
     for first in range(0, len(groups), per_block):
         own = np.arange(first, first + per_block)
-        groups_of = {cut: own[length[own] == cut] for cut in windows}
-        for cut, chunk in pair_visits._calls(groups_of, group_image, groups_per_call, windows):
+        groups_of = {cut: own[length[own] == cut] for cut in np.unique(length[own])}
+        for cut, chunk in pair_visits._calls(groups_of, groups_per_call):
             assert longest[chunk].max() <= cut
             made, columns = made + 1, columns + cut * 4 * size
     assert made <= 1.05 * calls

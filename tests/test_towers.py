@@ -395,6 +395,32 @@ def test_texts_share_an_image(index, rows):
     assert np.all(np.abs(expected[1]).max(axis=(1, 2)) > 1e-2)
 
 
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_keys_values_of_images_made_beforehand(remat):
+    """What the fused tower makes of them is what it makes of the tokens, gradient included."""
+    *_, params = reference(SMALL)
+    ids, mask = texts(SMALL, [9, 3, 5, 1], 9)
+    index, weights = np.array([1, 0, 1, 2], np.int32), jnp.arange(1.0, 9.0).reshape(4, 2)
+
+    def call(model, ids, mask, seen):
+        def logits(seen, made):
+            images = model.image_keys_values(seen) if made else seen
+            states = model.bert(ids, mask, images, index)
+            return model.match(ids, mask, images, index), states
+
+        def total(seen, made):
+            matches, states = logits(seen, made)
+            return jnp.sum(weights * matches) + jnp.sum(states[:, 2])
+
+        return [(logits(seen, m), jax.grad(total)(seen, m)) for m in (True, False)]
+
+    cfg = dataclasses.replace(SMALL, remat=remat)
+    made, plain = run(cfg, params, call, ids, mask, tokens(SMALL, 3, 10))
+    for ours, expected in zip(jax.tree.leaves(made), jax.tree.leaves(plain), strict=True):
+        close(ours, expected, 1e-5)
+    assert np.all(np.abs(plain[1]).max(axis=(1, 2)) > 1e-2)
+
+
 @pytest.mark.parametrize("count", [3, 6])
 def test_texts_that_images_do_not_divide(count):
     """Also where halves of texts would fit: two images per text."""

@@ -1,10 +1,9 @@
 """Looks at pairs of an image and a text with the fused tower, doing no work twice.
 
 The fused tower is the cost of re-ranking. Four things keep it low: the keys and values that
-cross-attention makes of an image serve all its pairs in a call; pairs of one image stand in groups
-that look at it together, without a copy of its keys and values for each; texts are cut to a few
-lengths, so that little of a call is padding; calls have one shape per length, so that few are
-compiled.
+cross-attention makes of an image serve all its pairs; pairs of one image stand in groups that look
+at it together, without a copy of its keys and values for each; texts are cut to a few lengths, so
+that little of a call is padding; calls have one shape per length, so that few are compiled.
 """
 
 from __future__ import annotations
@@ -14,17 +13,32 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flip_jax import partition
 
 _PAIRS_PER_IMAGE = 4  # pairs in one call of the fused text tower, per image of the block
-_MULTIPLE = 4  # of tokens that texts are cut to
+_MULTIPLE = 2  # of tokens that texts are cut to
 _MOST_LENGTHS = 16
 _CALLS_PER_LENGTH = 128  # for fewer it does not pay to compile the tower once more
 _CALLS_PER_BLOCK = 2  # of each length, or most of its rows would wait for longer texts
 _GROUPS_PER_IMAGE = 16  # on average at least, so that less than a 16th of their rows fills up
+
+
+def keys_values_everywhere(
+    graphdef: nnx.GraphDef, mesh: Mesh
+) -> Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]:
+    """(parameters, image tokens [size, Si, D]) -> `Flip.image_keys_values`, on all devices of
+    `mesh`: each makes them of all tokens, which are a few hundredths of their memory."""
+    everywhere = NamedSharding(mesh, P())
+
+    def keys_values(params: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        tokens = jax.lax.with_sharding_constraint(tokens, everywhere)
+        return nnx.merge(graphdef, params).image_keys_values(tokens)
+
+    return jax.jit(keys_values, out_shardings=everywhere)
 
 
 def visit_pairs(
@@ -32,7 +46,7 @@ def visit_pairs(
     texts: tuple[np.ndarray, np.ndarray],
     pairs: tuple[np.ndarray, np.ndarray],
     *,
-    encode: Callable[[jax.Array], jax.Array],
+    encode: Callable[[jax.Array], Any],
     match: Callable[..., jax.Array],
     size: int,
     mesh: Mesh,
@@ -43,9 +57,9 @@ def visit_pairs(
       gallery: `image_batches(size)` gives the images in order.
       texts: token ids int32 [texts, S] and mask bool [texts, S], True first in every row.
       pairs: image numbers [P], ascending, and text numbers [P].
-      encode: uint8 [size, S, S, 3] -> image tokens.
-      match: (token ids [R, s], mask [R, s], tokens of some images, int32 [G] which of them each
-        R / G consecutive texts look at) -> [R, ...], one row of each text, the same on all devices.
+      encode: uint8 [size, S, S, 3] -> what `match` takes of these images, the same on all devices.
+      match: (token ids [R, s], mask [R, s], that, int32 [G] which image of it each R / G
+        consecutive texts look at) -> [R, ...], one row of each text, the same on all devices.
       size: images of a block; a multiple of the devices.
 
     Yields:
@@ -61,30 +75,24 @@ def visit_pairs(
     groups_per_call = size * _PAIRS_PER_IMAGE // groups.shape[1]
     calls, blocks = len(groups) // groups_per_call, len(np.unique(image // size))
     length = _cut_lengths(longest, calls, blocks, token_mask.shape[1])
-    windows = _windows(image, length, groups_per_call, size)
     host, hosts = partition.host_slice(mesh)
-    slice_tokens = jax.jit(
-        jax.lax.dynamic_slice_in_dim, static_argnums=2, out_shardings=NamedSharding(mesh, P())
-    )
     for block, batch in enumerate(gallery.image_batches(size)):
         first, last = np.searchsorted(image, [block * size, (block + 1) * size])
         if first == last:
             continue
-        tokens = encode(partition.to_global({"image": batch["image"]}, mesh)["image"])
-        groups_of = {cut: first + np.flatnonzero(length[first:last] == cut) for cut in windows}
-        for cut, chunk in _calls(groups_of, image, groups_per_call, windows):
-            window = windows[cut]
-            start = min(int(image[chunk[0]]) - block * size, size - window)
+        seen = encode(partition.to_global({"image": batch["image"]}, mesh)["image"])
+        cuts = np.unique(length[first:last])
+        groups_of = {int(cut): first + np.flatnonzero(length[first:last] == cut) for cut in cuts}
+        for cut, chunk in _calls(groups_of, groups_per_call):
             padded = np.pad(chunk, (0, groups_per_call - len(chunk)), mode="edge")
             here = np.split(padded, hosts)[host]
             here_text = pair_text[groups[here].ravel()]
             call = {
                 "token_ids": token_ids[here_text, :cut],
                 "token_mask": token_mask[here_text, :cut],
-                "image_index": (image[here] - block * size - start).astype(np.int32),
+                "image_index": (image[here] - block * size).astype(np.int32),
             }
             call = partition.to_global(call, mesh)
-            seen = tokens if window == size else slice_tokens(tokens, start, window)
             values = match(call["token_ids"], call["token_mask"], seen, call["image_index"])
             # A row that fills up a group is the one before it.
             rows, places = np.unique(groups[chunk], return_index=True)
@@ -124,23 +132,7 @@ def _cut_lengths(longest: np.ndarray, calls: int, blocks: int, most: int) -> np.
     return lengths[np.searchsorted(lengths, longest)]
 
 
-def _windows(
-    group_image: np.ndarray, length: np.ndarray, groups_per_call: int, size: int
-) -> dict[int, int]:
-    """How many consecutive images a call looks at, by what texts are cut to, ascending: a little
-    more than its groups have on average."""
-    images = len(np.unique(group_image))
-    lengths, groups = np.unique(length, return_counts=True)
-    each = -(-5 * groups_per_call * images // (4 * groups)) + 1
-    return dict(zip(lengths.tolist(), np.minimum(each, size).tolist(), strict=True))
-
-
-def _calls(
-    groups_of: Mapping[int, np.ndarray],
-    group_image: np.ndarray,
-    most: int,
-    windows: Mapping[int, int],
-) -> Iterator[tuple[int, np.ndarray]]:
+def _calls(groups_of: Mapping[int, np.ndarray], most: int) -> Iterator[tuple[int, np.ndarray]]:
     """The calls for the groups of a block: to how many tokens their texts are cut, their numbers.
 
     Groups that do not fill a call wait for the next longer texts: a few tokens of padding cost less
@@ -148,23 +140,12 @@ def _calls(
 
     Args:
       groups_of: length, ascending -> groups whose texts are cut to it.
+      most: groups of a call.
     """
     waiting, longest = np.arange(0), max(groups_of)
     for cut, groups in groups_of.items():
-        chunks = list(_chunks(np.union1d(waiting, groups), group_image, most, windows[cut]))
-        waiting = waiting[:0]
-        if chunks and len(chunks[-1]) < most and cut < longest:
-            waiting = chunks.pop()
-        for chunk in chunks:
-            yield cut, chunk
-
-
-def _chunks(
-    groups: np.ndarray, group_image: np.ndarray, most: int, window: int
-) -> Iterator[np.ndarray]:
-    """Splits groups, by image, into runs of at most `most` groups and `window` images."""
-    images, start = group_image[groups], 0
-    while start < len(groups):
-        end = min(start + most, np.searchsorted(images, images[start] + window))
-        yield groups[start:end]
-        start = end
+        groups = np.union1d(waiting, groups)
+        end = len(groups) if cut == longest else len(groups) // most * most
+        waiting = groups[end:]
+        for start in range(0, end, most):
+            yield cut, groups[start : start + most]

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from flip_jax import distributed, partition
 from flip_jax.config import Config
-from flip_jax.downstream.pair_visits import visit_pairs
+from flip_jax.downstream.pair_visits import keys_values_everywhere, visit_pairs
 from flip_jax.models import flip
 
 CUTOFFS = (1, 5, 10)
@@ -277,15 +277,16 @@ class RetrievalEvaluator:
             embed = nnx.merge(graphdef, params).embed_text(token_ids, token_mask)
             return embed, token_ids, token_mask
 
-        def match(params, token_ids, token_mask, image_tokens, image_index):
+        def match(params, token_ids, token_mask, keys_values, image_index):
             model = nnx.merge(graphdef, params)
             first = cfg.eval.first_token
             texts = token_ids, token_mask
-            return model.match(*texts, image_tokens, image_index, first_token=first)[:, 1]
+            return model.match(*texts, keys_values, image_index, first_token=first)[:, 1]
 
         # What the host looks at is on all devices, as it may not have those with some of the rows.
         rows, everywhere = partition.batch_sharding(mesh), NamedSharding(mesh, P())
         self._encode_image = jax.jit(encode_image, out_shardings=(rows, everywhere))
+        self._keys_values = keys_values_everywhere(graphdef, mesh)
         self._encode_text = jax.jit(encode_text, out_shardings=everywhere)
         self._match = jax.jit(match, out_shardings=everywhere)
 
@@ -331,7 +332,7 @@ class RetrievalEvaluator:
             self.gallery,
             (token_ids, token_mask),
             (pair_image, pair_text),
-            encode=lambda image: self._encode_image(params, image)[0],
+            encode=lambda image: self._keys_values(params, self._encode_image(params, image)[0]),
             match=partial(self._match, params),
             size=self.cfg.eval.batch_size,
             mesh=self.mesh,

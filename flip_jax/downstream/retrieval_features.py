@@ -24,8 +24,9 @@ from flip_jax.downstream.backbone import Backbone
 from flip_jax.downstream.face_data import DataLacks
 from flip_jax.downstream.faces import Faces
 from flip_jax.downstream.features import FeatureCache
-from flip_jax.downstream.pair_visits import visit_pairs
+from flip_jax.downstream.pair_visits import keys_values_everywhere, visit_pairs
 from flip_jax.downstream.retrieval import Retrieval, rank_gallery
+from flip_jax.models.bert import Images
 from flip_jax.models.flip import Flip, unit_norm
 
 Array = jax.Array
@@ -69,13 +70,14 @@ class FusedTower:
         def encode(params: dict, image: Array) -> Array:
             return nnx.merge(graphdef, params).encode_image(image)[0]
 
-        def fuse(params: dict, ids: Array, mask: Array, tokens: Array, index: Array) -> Array:
+        def fuse(params: dict, ids: Array, mask: Array, images: Images, index: Array) -> Array:
             model = nnx.merge(graphdef, params)
-            return model.fuse(ids, mask, tokens, index, first_token=first_token)
+            return model.fuse(ids, mask, images, index, first_token=first_token)
 
         mesh = backbone.mesh
         rows, everywhere = partition.batch_sharding(mesh), NamedSharding(mesh, P())
         self._encode = jax.jit(encode, out_shardings=rows)
+        self._keys_values = keys_values_everywhere(graphdef, mesh)
         self._fuse = jax.jit(fuse, out_shardings=everywhere)
 
     def __call__(
@@ -90,7 +92,7 @@ class FusedTower:
             gallery,
             texts,
             pairs,
-            encode=functools.partial(self._encode, params),
+            encode=lambda image: self._keys_values(params, self._encode(params, image)),
             match=functools.partial(self._fuse, params),
             size=self.backbone.batch_size,
             mesh=self.backbone.mesh,

@@ -37,6 +37,10 @@ EPSILON = 1e-12
 # look at the next one.
 ImageIndex = Array | tuple[int, ...] | None
 
+# What texts look at: image tokens [M, Si, Dv], or keys and values that were made of them
+# ([M, H, Si, K] each of one layer, [L, M, H, Si, K] of all).
+Images = Array | tuple[Array, Array]
+
 
 def of_each_text(a: Array, image_index: ImageIndex) -> Array:
     """Keys or values of the images [M, ...] -> of the image that each text, or each group of them,
@@ -76,7 +80,7 @@ class TextBlock(nnx.Module):
         self,
         x: Array,
         mask: Array,
-        image_tokens: Array | None,
+        images: Images | None,
         image_index: ImageIndex,
         key: Array | None,
         *,
@@ -85,9 +89,9 @@ class TextBlock(nnx.Module):
         """[N, S, D] -> [N, S, D], or of the first token alone, [N, 1, D], with `first_only`."""
         keys_values = self.attn.keys_values(x)
         image_kv = None
-        if image_tokens is not None:
+        if images is not None:
             # Keys and values once per image; the rows that look at it share them.
-            image_kv = self.cross.keys_values(image_tokens)
+            image_kv = images if isinstance(images, tuple) else self.cross.keys_values(images)
             image_kv = jax.tree.map(lambda a: of_each_text(a, image_index), image_kv)
         return self.forward(x[:, :1] if first_only else x, keys_values, mask, image_kv, key)
 
@@ -125,11 +129,16 @@ class Bert(nnx.Module):
         self.ln_embed = LayerNorm(cfg.width, EPSILON, dtype, rngs)
         self.blocks = stack_blocks(lambda r: TextBlock(cfg, image_width, dtype, r), cfg.depth, rngs)
 
+    def image_keys_values(self, image_tokens: Array) -> tuple[Array, Array]:
+        """Keys and values [L, M, H, Si, K] of image tokens [M, Si, Dv], for all layers."""
+        graphdef, state = nnx.split(self.blocks.cross)
+        return jax.lax.map(lambda s: nnx.merge(graphdef, s).keys_values(image_tokens), state)
+
     def __call__(
         self,
         token_ids: Array,
         token_mask: Array,
-        image_tokens: Array | None = None,
+        image_tokens: Images | None = None,
         image_index: ImageIndex = None,
         key: Array | None = None,
         *,
@@ -142,7 +151,8 @@ class Bert(nnx.Module):
         Args:
           token_ids: int32 [N, S], S <= positions.
           token_mask: bool [N, S], True = real token; the first token must be real.
-          image_tokens: [M, Si, Dv]; None = text mode, cross-attention is skipped.
+          image_tokens: [M, Si, Dv], or what `image_keys_values` made of them; None = text mode,
+            cross-attention is skipped.
           image_index: the image that each text looks at, see `ImageIndex`.
           key: dropout; None = deterministic.
           causal: a token sees itself and those before it only.
@@ -162,8 +172,8 @@ class Bert(nnx.Module):
         if causal:
             mask = token_mask[:, None] & jnp.tril(jnp.ones((tokens, tokens), bool))
 
-        def apply(block: TextBlock, x: Array, key: Array | None, **options: bool) -> Array:
-            return block(x, mask, image_tokens, image_index, key, **options)
+        def apply(block: TextBlock, x: Array, key: Array | None, images=image_tokens, **options):
+            return block(x, mask, images, image_index, key, **options)
 
         x, blocks = scan_blocks(
             self.blocks,
@@ -173,5 +183,6 @@ class Bert(nnx.Module):
             remat=self.remat,
             collect=return_blocks,
             last=partial(apply, first_only=True) if first_only else None,
+            inputs=(image_tokens,) if isinstance(image_tokens, tuple) else (),
         )
         return (x, blocks) if return_blocks else x

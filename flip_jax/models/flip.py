@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flip_jax.config import ModelConfig
-from flip_jax.models.bert import Bert, ImageIndex
+from flip_jax.models.bert import Bert, ImageIndex, Images
 from flip_jax.models.captioner import CaptionHead
 from flip_jax.models.mim import TEACHER, MimDecoder
 from flip_jax.models.vit import VisionTransformer, pixels_of
@@ -98,11 +98,15 @@ class Flip(nnx.Module):
         tokens = self.bert(token_ids, token_mask, key=key, first_only=True)
         return unit_norm(self.text_proj(tokens[:, 0].astype(jnp.float32)))
 
+    def image_keys_values(self, image_tokens: Array) -> tuple[Array, Array]:
+        """What texts look at of images [M, Si, D]: keys and values [L, M, H, Si, K] of L layers."""
+        return self.bert.image_keys_values(image_tokens)
+
     def match(
         self,
         token_ids: Array,
         token_mask: Array,
-        image_tokens: Array,
+        image_tokens: Images,
         image_index: ImageIndex = None,
         key: Array | None = None,
         *,
@@ -121,7 +125,7 @@ class Flip(nnx.Module):
         self,
         token_ids: Array,
         token_mask: Array,
-        image_tokens: Array,
+        image_tokens: Images,
         image_index: ImageIndex = None,
         key: Array | None = None,
         *,
@@ -131,7 +135,7 @@ class Flip(nnx.Module):
 
         Args:
           token_ids, token_mask: [N, S] as `encode_text` takes them.
-          image_tokens: [M, Si, D] from `encode_image`.
+          image_tokens: [M, Si, D] from `encode_image`, or what `image_keys_values` made of them.
           image_index: which image that is. int32 [G], G divides N: the N / G consecutive texts of
             group g look at image image_index[g], with G = N text n at image_index[n]. A tuple:
             texts and images come in equal groups, text t of a group looks at image image_index[t]

@@ -313,24 +313,26 @@ def _in_place_of_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tup
 def scan_blocks(
     blocks: nnx.Module,
     x: Array,
-    apply: Callable[[nnx.Module, Array, Array | None], Array],
+    apply: Callable[..., Array],
     *,
     key: Array | None,
     remat: str,
     collect: bool = False,
-    last: Callable[[nnx.Module, Array, Array | None], Array] | None = None,
+    last: Callable[..., Array] | None = None,
+    inputs: tuple = (),
 ) -> tuple[Array, Array | None]:
     """Run stacked blocks one after another with `lax.scan`.
 
     Args:
       blocks: result of `stack_blocks`.
       x: [B, S, D], input of the first block.
-      apply: (block, x, key) -> x of the same shape and dtype.
+      apply: (block, x, key, *inputs of the layer) -> x of the same shape and dtype.
       key: split into one key per layer; None = deterministic.
       remat: `none`, `dots` (keeps matrix products) or `full` (recomputes whole blocks).
       collect: also return every block's output.
       last: what to do with the last block instead of `apply`, where not all of its output is
         needed; the result may have fewer tokens. Not with `collect`.
+      inputs: trees of [L, ...]; each layer reads its own.
 
     Returns:
       (output of the last block, outputs of all blocks [L, B, S, D] or None)
@@ -339,8 +341,8 @@ def scan_blocks(
     depth = jax.tree.leaves(state)[0].shape[0]
     keys = None if key is None else jax.random.split(key, depth)
 
-    def run(apply: Callable[..., Array], x: Array, params: Any, layer_key: Array | None):
-        x = rows_over_devices(apply(nnx.merge(graphdef, params), x, layer_key))
+    def run(apply: Callable[..., Array], x: Array, params: Any, layer_key: Array | None, *inputs):
+        x = rows_over_devices(apply(nnx.merge(graphdef, params), x, layer_key, *inputs))
         return x, (x if collect else None)
 
     # In a scan, which cannot undo the recomputation, nothing need prevent that (`prevent_cse`).
@@ -352,7 +354,7 @@ def scan_blocks(
     x = rows_over_devices(x)
     if last is None:
         body = rematted(lambda x, layer: run(apply, x, *layer), prevent_cse=False)
-        return jax.lax.scan(body, x, (state, keys))
+        return jax.lax.scan(body, x, (state, keys, *inputs))
 
     # Each layer is read from the whole stack: all but the last of it would be a copy.
     stacks = jax.lax.stop_gradient(state)
@@ -360,12 +362,14 @@ def scan_blocks(
 
     def body(x: Array, layer):
         i, params, layer_key = layer
-        in_stack = jax.tree.map(
-            lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), stacks
+        in_stack, *read = jax.tree.map(
+            lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), (stacks, *inputs)
         )
         params = in_place_of(params, in_stack)
-        return run(apply, x, params, layer_key)
+        return run(apply, x, params, layer_key, *read)
 
     layers = jnp.arange(depth - 1), others, None if keys is None else keys[:-1]
     x, _ = jax.lax.scan(rematted(body, prevent_cse=False), x, layers)
-    return rematted(partial(run, last))(x, ending, None if keys is None else keys[-1])
+    ending_inputs = jax.tree.map(lambda a: a[-1], inputs)
+    ending_key = None if keys is None else keys[-1]
+    return rematted(partial(run, last))(x, ending, ending_key, *ending_inputs)
