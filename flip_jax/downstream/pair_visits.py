@@ -97,6 +97,7 @@ def visit_pairs(
             # A row that fills up a group is the one before it.
             rows, places = np.unique(groups[chunk], return_index=True)
             yield rows, np.asarray(values)[places]
+        del seen  # before the next block's are made: they may be large
 
 
 def _groups(pair_image: np.ndarray, length: np.ndarray) -> np.ndarray:
