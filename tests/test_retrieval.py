@@ -225,6 +225,7 @@ def test_pairs_are_cut_into_calls_that_hold_them(monkeypatch, groups_per_image, 
 
     def match(ids, mask_, tokens, index):
         assert ids.shape == mask_.shape and len(ids) == size * together == len(index) * together
+        assert index.max() < len(tokens)
         seen.append(ids.shape[1])
         # Which text and image it was, and how much of the text was there.
         looked_at = np.repeat(tokens[index], together)
