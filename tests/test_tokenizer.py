@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import BertWordPieceTokenizer
 
 from flip_jax.data.captions import captions
 from flip_jax.data.tokenizer import Tokenizer, clean_caption
@@ -311,6 +312,33 @@ def test_bert_vocabulary_against_transformers(tmp_path):
         pytest.skip("the vocabulary of bert-base-uncased is not in ../shared/bert_vocab")
     assert Tokenizer.load(str(vocab), 65).vocab_size == 30_524
     check_against_transformers(vocab, tmp_path, many_texts())
+
+
+# Theirs, not ours, reads special tokens from a text, and Hypothesis knows how they are spelt.
+@given(st.lists(st.text(), max_size=5).map(lambda words: " ".join(words).replace("[", "")))
+@settings(max_examples=500, deadline=None)
+def test_ids_of_a_text_are_those_of_its_words(whole_texts, text):
+    # Of all of Unicode, and the second time from what was kept of the first.
+    tokenizer, theirs = whole_texts
+    ids = theirs.encode(text, add_special_tokens=False).ids
+    for _ in range(2):
+        row, mask = tokenizer.encode([text])
+        assert row[mask].tolist() == [tokenizer.cls_id, *ids, tokenizer.sep_id]
+
+
+@pytest.fixture(scope="module")
+def whole_texts() -> tuple[Tokenizer, BertWordPieceTokenizer]:
+    return Tokenizer.load("grammar", 1000), BertWordPieceTokenizer(str(SHIPPED), lowercase=True)
+
+
+def test_words_are_kept_up_to_limits(monkeypatch):
+    monkeypatch.setattr("flip_jax.data.tokenizer._KEPT_WORDS", 2)
+    tokenizer, fresh = Tokenizer.load("grammar", 24), Tokenizer.load("grammar", 24)
+    texts = ["a" * 33 + " a woman", "long wavy hair", "a woman with long hair"]
+    for _ in range(2):
+        for text in texts:
+            np.testing.assert_array_equal(tokenizer([text])[0], fresh([text])[0])
+    assert list(tokenizer._words) == ["a", "woman"]
 
 
 def test_recorded_ids_of_the_reference():

@@ -279,6 +279,8 @@ class TrainPipeline:
                 per_worker_buffer_size=max(cfg.prefetch // cfg.workers, 1),
             )
             dataset = dataset.mp_prefetch(options, worker_init_fn=_end_with_parent).map(_own)
+            # A thread copies one batch ahead: the step would wait for it.
+            dataset = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=1)
         return BatchStream(iter(dataset), self.source, cfg, self._gather, self._count_every)
 
 
