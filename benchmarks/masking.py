@@ -1,6 +1,6 @@
 """Time of the training step with masked patches against that on all patches, in one run.
 
-    python benchmarks/masking.py [--recipes flip] [--batch 8] [--rounds 2] [--size half|base]
+    python benchmarks/masking.py [--recipes flip] [--batch 8] [--rounds 3] [--size half|base]
 
 Two recipes, float32, captions of the lengths that the grammar writes, no dropout, which masking
 does not touch:
@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--batch", type=int, default=None, help="of all recipes")
-    parser.add_argument("--rounds", type=int, default=2, help="of each step, in turns")
+    parser.add_argument("--rounds", type=int, default=3, help="of each step, in turns")
     parser.add_argument("--size", choices=steps.CONFIGS, default="half")
     args = parser.parse_args()
     rows = []

@@ -25,6 +25,7 @@ from flip_jax.downstream.retrieval import RetrievalEvaluator
 from flip_jax.losses.itm import itm_logits
 from flip_jax.models import flip
 from flip_jax.models.attention import attend
+from flip_jax.models.bert import of_each_text
 from flip_jax.models.layers import (
     LayerNorm,
     Linear,
@@ -102,6 +103,10 @@ def test_sums_are_of_float32():
     taken, back = jax.vjp(partial(take_rows, index=index), ones[:5] * jnp.arange(5)[:, None])
     np.testing.assert_array_equal(taken[:6, 0], [2, 2, 2, 2, 0, 0])
     np.testing.assert_array_equal(back(taken + 1)[0][:, 0], [1020, 0, 12, 0, 0])
+    # 1,023 texts look at the first image, which has one of its own.
+    index = jnp.zeros(1023, jnp.int32)
+    _, back = jax.vjp(partial(of_each_text, image_index=(0, index)), ones[1:])
+    np.testing.assert_array_equal(back(jnp.tile(ones[1:], (2, 1)))[0][:3, 0], [1024, 1, 1])
 
 
 def test_an_image_that_is_the_negative_of_all(params):
@@ -148,6 +153,19 @@ def test_dropout_reads_no_zeros_in_a_scan():
     for scan in scans:
         same = scan.invars[: scan.params["num_consts"]]
         assert all(value.aval.shape[-3:] != x.shape for value in same)
+
+
+def test_attention_reads_no_array_of_masked_logits_in_a_scan():
+    def loss(x, mask):
+        return jax.lax.scan(lambda x, _: (attend(x, x, x, mask), None), x, length=3)[0].sum()
+
+    x = jnp.ones((2, 4, 5, 8))
+    program = jax.make_jaxpr(jax.grad(loss))(x, jnp.ones((2, 5), bool))
+    scans = [each for each in program.eqns if each.primitive.name == "scan"]
+    assert len(scans) == 2  # there and back
+    for scan in scans:
+        same = scan.invars[: scan.params["num_consts"]]
+        assert all(value.aval.shape[-3:] != (4, 5, 5) for value in same)
 
 
 def test_activations_are_float32_inside():
@@ -276,6 +294,19 @@ def test_remat_dots_keeps_products_in_bfloat16():
     assert of_layers == [((3, 5, 7, 16), "bfloat16")] * 3  # two products, and x itself
 
 
+def test_remat_dots_sums_no_row_of_a_norm_again():
+    blocks = stack_blocks(lambda rngs: LayerNorm(16, 1e-5, jnp.float32, rngs), 3, nnx.Rngs(0))
+
+    def roots(remat):
+        def run(x):
+            return scan_blocks(blocks, x, lambda norm, x, _: norm(x), key=None, remat=remat)[0]
+
+        program = jax.make_jaxpr(jax.grad(lambda x: run(x).sum()))(jnp.ones((5, 16)))
+        return [each.primitive.name for each in _equations(program.jaxpr)].count("rsqrt")
+
+    assert [roots(remat) for remat in ("none", "dots", "full")] == [1, 1, 2]
+
+
 def test_attention_has_products_of_bfloat16_alone():
     """In both directions; and its gradients are as far from float32's as its values are."""
     rng = np.random.default_rng(0)
@@ -321,10 +352,9 @@ def _multiplied(function, *arguments) -> set:
 
 def _equations(program) -> list:
     """Of a jaxpr and of all that are inside it."""
-    inner = (
-        p for each in program.eqns for p in jax.tree.leaves(each.params) if hasattr(p, "jaxpr")
-    )
-    return [*program.eqns, *(one for p in inner for one in _equations(p.jaxpr))]
+    values = (value for each in program.eqns for value in jax.tree.leaves(each.params))
+    inner = (getattr(value, "jaxpr", value) for value in values)
+    return [*program.eqns, *(one for p in inner if hasattr(p, "eqns") for one in _equations(p))]
 
 
 def test_norms_are_float32_inside():

@@ -367,10 +367,12 @@ def test_padding_changes_nothing():
         (np.array([2, 0, 0, 1, 2], np.int32), [2, 0, 0, 1, 2]),
         (np.zeros(5, np.int32), [0] * 5),
         ((1, 0, 1), [1, 0, 1, 3, 2, 3]),
+        ((0, np.array([2, 0, 0], np.int32)), [0, 2, 1, 0, 2, 0]),
+        ((0, np.zeros(1, np.int32), 0), [0, 0, 0]),
         (np.array([1, 0, 1], np.int32), [1, 1, 0, 0, 1, 1]),
         (None, [0, 0, 1, 1, 2, 2]),
     ],
-    ids=["three", "one", "two groups", "each two", "the next two"],
+    ids=["three", "one", "two groups", "own and any", "own is any", "each two", "the next two"],
 )
 def test_texts_share_an_image(index, rows):
     """Value, and gradient into the image tokens, as if the images were repeated."""

@@ -129,10 +129,9 @@ def itm_logits(
 
     texts = three_texts(token_ids), three_texts(token_mask)
     if parts == 1 and (mesh is None or mesh.size == 1):
-        # All images are here: texts share the keys and values of the one they look at.
-        own = jnp.arange(len(token_ids), dtype=jnp.int32)
-        image_index = jnp.stack([own, negatives["image"], own], axis=1).ravel()
-        return fused(*texts, image_tokens, image_index, key)
+        # All images are here: texts share the keys and values of the one they look at. Two of a
+        # row look at its own: their gradients are added without a scatter.
+        return fused(*texts, image_tokens, (0, negatives["image"], 0), key)
 
     def fused_rows(key, token_ids, token_mask, own, negative):
         images = flat(jnp.stack([own, negative], axis=1))

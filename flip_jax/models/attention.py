@@ -79,7 +79,9 @@ def _plain_forward(query, key, value, mask, dropout_key, dropout_rate):
     logits = product(query, key.swapaxes(-1, -2), jnp.float32)
     if mask is not None:
         mask = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
-        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+        # Added, not chosen: as a constant of all logits it would be an array in a scan, read anew
+        # in every layer. A logit is too small beside it to change it.
+        logits += jnp.where(mask, 0, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     # As an array of its own: XLA for GPUs would keep another in float32 for the gradient.
     weights = jax.lax.optimization_barrier(weights)

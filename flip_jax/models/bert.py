@@ -32,10 +32,10 @@ Array = jax.Array
 EPSILON = 1e-12
 
 # The image that each text looks at: int32 [G], its row among the images, the same for each N / G
-# consecutive texts (with G = N for one text alone); or a tuple, the same for every group of
-# consecutive texts, of places among the group's own images; or None, each N / M consecutive texts
-# look at the next one.
-ImageIndex = Array | tuple[int, ...] | None
+# consecutive texts (with G = N for one text alone); or a tuple with an entry for each text of a
+# group of consecutive ones: a place among the group's own images, the same for every group, or
+# int32 [groups], rows among all images; or None, each N / M consecutive texts look at the next one.
+ImageIndex = Array | tuple[int | Array, ...] | None
 
 # What texts look at: image tokens [M, Si, Dv], or keys and values that were made of them
 # ([M, H, Si, K] each of one layer, [L, M, H, Si, K] of all).
@@ -46,11 +46,43 @@ def of_each_text(a: Array, image_index: ImageIndex) -> Array:
     """Keys or values of the images [M, ...] -> of the image that each text, or each group of them,
     looks at [N or G, ...]."""
     if isinstance(image_index, tuple):
-        groups = a.reshape(-1, 1 + max(image_index), *a.shape[1:])
-        return jnp.stack([groups[:, i] for i in image_index], axis=1).reshape(-1, *a.shape[1:])
+        places = tuple(i if isinstance(i, int) else None for i in image_index)
+        return _of_groups(a, [i for i in image_index if not isinstance(i, int)], places)
     # With one image there is nothing to gather: all texts are its group. (XLA's CPU backend of
     # jaxlib 0.10.2 also returns wrong values for that gather inside a scan.)
     return a if image_index is None or len(a) == 1 else take_rows(a, image_index)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _of_groups(a: Array, rows: list[Array], places: tuple[int | None, ...]) -> Array:
+    """`of_each_text` of groups; `rows` are those of its entries, in order, that `places` has not.
+
+    Its gradient adds what comes from texts of an image's own group before it scatters the rest.
+    """
+    groups = a.reshape(-1, _own_images(places), *a.shape[1:])
+    taken = (a if len(a) == 1 else a[index] for index in rows)
+    texts = [next(taken) if place is None else groups[:, place] for place in places]
+    return jnp.stack(texts, axis=1).reshape(-1, *a.shape[1:])
+
+
+def _own_images(places: tuple[int | None, ...]) -> int:
+    return 1 + max(place for place in places if place is not None)
+
+
+def _gradient_of_groups(places: tuple[int | None, ...], rows: list[Array], grad: Array):
+    each = grad.reshape(-1, len(places), *grad.shape[1:]).astype(jnp.float32)
+    own = [
+        sum(each[:, text] for text, at in enumerate(places) if at == place)
+        for place in range(_own_images(places))
+    ]
+    total = jnp.stack(own, axis=1).reshape(-1, *grad.shape[1:])
+    scattered = [text for text, place in enumerate(places) if place is None]
+    for text, index in zip(scattered, rows, strict=True):
+        total = total.at[index].add(each[:, text])
+    return total.astype(grad.dtype), [None] * len(rows)
+
+
+_of_groups.defvjp(lambda a, rows, places: (_of_groups(a, rows, places), rows), _gradient_of_groups)
 
 
 class TextBlock(nnx.Module):

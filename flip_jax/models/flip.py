@@ -138,8 +138,9 @@ class Flip(nnx.Module):
           image_tokens: [M, Si, D] from `encode_image`, or what `image_keys_values` made of them.
           image_index: which image that is. int32 [G], G divides N: the N / G consecutive texts of
             group g look at image image_index[g], with G = N text n at image_index[n]. A tuple:
-            texts and images come in equal groups, text t of a group looks at image image_index[t]
-            of that group. None: each N / M consecutive texts look at the next image.
+            texts and images come in equal groups, text t of group g looks at image image_index[t]
+            of that group, or, where that is int32 [groups], at image image_index[t][g] of all.
+            None: each N / M consecutive texts look at the next image.
           key: dropout; None = deterministic.
           first_token: `enc` puts [ENC] in the place of [CLS] as in training; `cls` leaves it, as
             the reference's evaluation did.

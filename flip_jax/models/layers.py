@@ -21,7 +21,10 @@ from jax.sharding import PartitionSpec
 Array = jax.Array
 
 
-_PRODUCT = "product"  # of a `Linear`, without its bias: what `remat="dots"` keeps
+# What `remat="dots"` keeps: the product of a `Linear`, without its bias, and the two numbers that
+# LayerNorm has of a row. With these to be summed anew XLA for GPUs would write the gradient of
+# `scale` to memory, in float32, before it sums it over rows.
+_PRODUCT, _STATISTIC = "product", "statistic"
 
 
 def normal(std: float) -> Callable[..., Array]:
@@ -54,6 +57,7 @@ def _normed_forward(x: Array, scale: Array, bias: Array, epsilon: float):
     wide = x.astype(jnp.float32)
     mean = jnp.mean(wide, axis=-1, keepdims=True)
     factor = jax.lax.rsqrt(jnp.mean((wide - mean) ** 2, axis=-1, keepdims=True) + epsilon)
+    mean, factor = checkpoint_name(mean, _STATISTIC), checkpoint_name(factor, _STATISTIC)
     return (wide - mean) * (factor * scale) + bias, (x, mean, factor, scale)
 
 
@@ -275,7 +279,7 @@ def stack_blocks(make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs:
 
 
 _REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.save_only_these_names(_PRODUCT),
+    "dots": jax.checkpoint_policies.save_only_these_names(_PRODUCT, _STATISTIC),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
