@@ -178,7 +178,7 @@ def stages(pictures: int, folder: Path) -> dict[str, Any]:
         f"per CPU second, {pictures} pictures of {SCENE} x {SCENE} px, {size:,.0f} bytes; best of 5"
     )
     told("fetch, from a server on this machine", fetch(names, folder, work))
-    (chunk,) = split_input(work, str(folder / "faces.parquet"), 0, cfg.input)
+    (chunk,) = split_input(work, str(folder / "faces.parquet"), 0, "", cfg.input)
     read = partial(read_chunk, work, chunk, cfg.batch_rows, {}, tally)
     total += told("input", best(lambda: list(read())))
     samples = [sample for batch in read() for sample in batch]

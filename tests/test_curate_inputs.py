@@ -19,7 +19,13 @@ from PIL import Image
 pytest.importorskip("apache_beam", reason="curation needs the extra `curate`")
 
 from flip_jax.curate.config import InputConfig, OptOutConfig
-from flip_jax.curate.inputs import input_files, read_chunk, split_input, urls_to_fetch
+from flip_jax.curate.inputs import (
+    input_files,
+    input_names,
+    read_chunk,
+    split_input,
+    urls_to_fetch,
+)
 from flip_jax.curate.optout import OptOut
 from flip_jax.curate.pictures import ReadStage
 from flip_jax.curate.stages import Place, Sample, Tally
@@ -47,8 +53,9 @@ def read(tmp_path):
     def run(batch=3, fetched=None, **fields):
         cfg = InputConfig(**fields)
         work, samples, tally, chunks = Work(str(tmp_path / "work")), [], Tally(), []
-        for number, file in enumerate(input_files(cfg)):
-            chunks += split_input(work, file, number, cfg)
+        files = input_files(cfg)
+        for number, (file, name) in enumerate(zip(files, input_names(files, cfg), strict=True)):
+            chunks += split_input(work, file, number, name, cfg)
         for chunk in chunks:
             for found in read_chunk(work, chunk, batch, fetched or {}, tally):
                 samples += found
@@ -232,7 +239,7 @@ def test_memory_does_not_grow_with_the_row_groups(tmp_path):
         images = [rng.bytes(2000) for _ in range(groups * 50)]
         pq.write_table(pa.table({"image": images}), table, row_group_size=50)
         tracemalloc.start()
-        chunks = split_input(Work(str(tmp_path / str(groups))), str(table), 0, cfg)
+        chunks = split_input(Work(str(tmp_path / str(groups))), str(table), 0, "", cfg)
         peaks[groups] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert sum(chunk.rows for chunk in chunks) == groups * 50
@@ -291,7 +298,7 @@ def test_a_compressed_tar_is_refused(tmp_path):
         _add(tar, "a.jpg", _png())
     cfg = InputConfig(kind="tar", paths=f"{tmp_path}/a.tar.gz")
     with pytest.raises(ValueError, match=r"not a plain tar file.*unpack"):
-        split_input(Work(str(tmp_path / "work")), f"{tmp_path}/a.tar.gz", 0, cfg)
+        split_input(Work(str(tmp_path / "work")), f"{tmp_path}/a.tar.gz", 0, "a", cfg)
 
 
 def test_a_folder_of_pictures(read, tmp_path):
@@ -314,7 +321,7 @@ def test_a_folder_of_pictures(read, tmp_path):
 
 
 def test_labels_beside_pictures(read, tmp_path):
-    """Coded as in tables, file by file: -1 is absent where no label is 0, else unknown."""
+    """Coded as in tables, a folder as a whole: -1 is unknown, as there is a label that is 0."""
     root = tmp_path / "faces"
     root.mkdir()
     for name, text in {
@@ -331,12 +338,57 @@ def test_labels_beside_pictures(read, tmp_path):
     male, smiling, young = (ATTRIBUTE_INDEX[name] for name in ("Male", "Smiling", "Young"))
     a, b, c, f = samples
     assert [one.id for one in samples] == ["a.png", "b.png", "c.png", "f.png"]
-    assert (a.attributes[male], a.attributes[smiling], a.attributes[young]) == (1, 0, -1)
+    assert (a.attributes[male], a.attributes[smiling], a.attributes[young]) == (1, -1, -1)
     assert (b.attributes[male], b.attributes[smiling], b.attributes[young]) == (0, -1, 1)
     assert c.attributes is None and c.probabilities[male] == 0.25
     assert np.isnan(c.probabilities[young])
     assert f.attributes is None and f.probabilities is None
     assert _problems(tally) == [("d.png", "bad label"), ("e.png", "bad label")]
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+@pytest.mark.parametrize(("other", "absent"), [(1, 0), (0, -1), (False, -1), (0.0, -1)])
+def test_what_minus_one_means_says_the_whole_input(read, tmp_path, kind, other, absent):
+    root = tmp_path / "faces"
+    root.mkdir()
+    labels = {"a": {"Male": 1, "Bald": -1}, "b": {"Young": other}, "c": {"Young": 0.5}}
+    for name, cells in labels.items():
+        (root / f"{name}.png").write_bytes(_png())
+        (root / f"{name}.json").write_text(json.dumps(cells))
+    with tarfile.open(tmp_path / "faces.tar", "w") as tar:
+        for file in sorted(root.iterdir()):
+            tar.add(file, file.name)
+    paths = root if kind == "folder" else tmp_path / "faces.tar"
+    (a, *_), tally, _ = read(kind=kind, paths=f"'{paths}'")
+    assert a.attributes[ATTRIBUTE_INDEX["Bald"]] == absent
+    assert not _problems(tally)
+
+
+def test_pictures_of_one_name_in_several_inputs(read, tmp_path):
+    """Each has an id of its own; of one input they are what they would be alone."""
+    for place in ("one", "two"):
+        for name in ("x/1", "y/1"):
+            file = tmp_path / place / "set" / f"{name}.png"
+            file.parent.mkdir(parents=True)
+            file.write_bytes(_png(len(str(file))))
+        with tarfile.open(tmp_path / place / "0.tar", "w") as tar:
+            for name in ("x/1", "y/1"):
+                tar.add(tmp_path / place / "set" / f"{name}.png", f"./{name}.png")
+
+    def ids(kind, pattern, *places):
+        paths = " ".join(f"{tmp_path}/{place}/{pattern}" for place in places)
+        return [sample.id for sample in read(kind=kind, paths=paths)[0]]
+
+    assert ids("folder", "set", "one") == ["x/1.png", "y/1.png"]
+    assert ids("tar", "0.tar", "one") == ["0/x/1", "0/y/1"]
+    names = [f"{place}/set/{name}/1.png" for place in ("one", "two") for name in "xy"]
+    assert ids("folder", "set", "one", "two") == names
+    names = [f"{place}/0/{name}/1" for place in ("one", "two") for name in "xy"]
+    assert ids("tar", "0.tar", "*") == names
+    (tmp_path / "two/0.tar").unlink()
+    assert ids("tar", "0.tar", "*") == ["0/x/1", "0/y/1"]
+    with pytest.raises(ValueError, match=r"config.input.paths=.*is one twice"):
+        ids("folder", "set", "one", "one/../one/.")
 
 
 def test_huge_and_broken_pictures_are_not_decoded():

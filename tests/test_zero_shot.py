@@ -92,6 +92,7 @@ def test_free_labels_become_noun_phrases():
     assert label_prompts("a bald man") == [t.format("a bald man") for t in TEMPLATES]
     assert "the photo shows a man with black hair" in label_prompts("black hair")
     assert "the photo shows a woman wearing a hat" in label_prompts(" wearing a hat ")
+    assert "the photo shows a man with receding hairline" in label_prompts("receding hairline")
     assert "here is a man with a beard" in label_prompts("with a beard")
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from flip_jax.curate.rows import ROWS, Row, check_columns, table_rows
 from flip_jax.curate.sidecars import folder_rows, tar_rows
 from flip_jax.curate.stages import Place, Sample, Tally, batched, fingerprint
 from flip_jax.curate.storage import Work, expand, is_local, open_file, open_table
+from flip_jax.short_names import short_names
 
 INPUT = "input"
 
@@ -73,22 +75,46 @@ def input_files(cfg: InputConfig) -> list[str]:
     return sorted(files)
 
 
-def split_input(work: Work, file: str, number: int, cfg: InputConfig) -> list[Chunk]:
+def input_names(files: list[str], cfg: InputConfig) -> list[str]:
+    """What the ids of rows begin with, for each input file or folder: its name, as much more of its
+    path as tells them apart. Empty for a single folder, and for tables, whose rows have ids.
+
+    Raises:
+      ValueError: the same file or folder twice.
+    """
+    if cfg.kind == "table" or (cfg.kind == "folder" and len(files) == 1):
+        return [""] * len(files)
+    if cfg.kind == "folder":
+        paths = [Path(os.path.abspath(file)).parts for file in files]
+    else:
+        paths = [PurePath(file).with_suffix("").parts for file in files]
+    try:
+        return short_names(paths, "/")
+    except ValueError as error:
+        raise ValueError(f"config.input.paths={cfg.paths!r}: {error}") from error
+
+
+def split_input(work: Work, file: str, number: int, name: str, cfg: InputConfig) -> list[Chunk]:
     """Writes the rows of one input file into chunks; done once, remembered in the work folder.
+
+    Args:
+      name: of `input_names`.
 
     Raises:
       ValueError, OSError: the file cannot be read or lacks a column.
     """
     stamp = fingerprint(_stamp(file, cfg.kind))
-    name = f"inputs/{fingerprint(file, stamp, to_dict(cfg))}.json"
-    if work.exists(name):
-        found = [Chunk(**{**item, "file": number}) for item in json.loads(work.read(name))]
+    done = f"inputs/{fingerprint(file, stamp, name, to_dict(cfg))}.json"
+    if work.exists(done):
+        found = [Chunk(**{**item, "file": number}) for item in json.loads(work.read(done))]
         if all(work.exists(f"rows/{chunk.key}.parquet") for chunk in found):
             return found
-    read = {"table": table_rows, "tar": tar_rows, "folder": folder_rows}[cfg.kind]
-    container = cfg.images or "" if cfg.kind == "table" else file
+    if cfg.kind == "table":
+        container, found = cfg.images or "", table_rows(file, cfg)
+    else:
+        container, found = file, {"tar": tar_rows, "folder": folder_rows}[cfg.kind](file, cfg, name)
     chunks: list[Chunk] = []
-    for rows in batched(read(file, cfg), cfg.chunk_rows):
+    for rows in batched(found, cfg.chunk_rows):
         sink = BytesIO()
         pq.write_table(pa.Table.from_pylist(rows, ROWS), sink, compression="zstd")
         data = sink.getvalue()
@@ -96,7 +122,7 @@ def split_input(work: Work, file: str, number: int, cfg: InputConfig) -> list[Ch
         work.write(f"rows/{key}.parquet", data)
         inside = stamp if cfg.kind == "tar" else ""
         chunks.append(Chunk(key, container, inside, number, len(chunks), len(rows)))
-    work.write(name, json.dumps([chunk.__dict__ for chunk in chunks]).encode())
+    work.write(done, json.dumps([chunk.__dict__ for chunk in chunks]).encode())
     return chunks
 
 

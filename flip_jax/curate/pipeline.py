@@ -36,7 +36,7 @@ from apache_beam.runners.portability.portable_runner import JobServiceHandle
 from flip_jax.curate.captions import GrammarStage
 from flip_jax.curate.config import CurateConfig
 from flip_jax.curate.groups import Groups, Settled, join, settle
-from flip_jax.curate.inputs import Chunk, input_files, split_input
+from flip_jax.curate.inputs import Chunk, input_files, input_names, split_input
 from flip_jax.curate.links import FOLDER, Links, search, searches
 from flip_jax.curate.optout import OptOut, OptOutStage
 from flip_jax.curate.order import carry, count_groups, order, shard_counts
@@ -66,13 +66,14 @@ def build(cfg: CurateConfig) -> dict[str, int]:
     check_target(cfg.output.path)
     work = Work(cfg.output.work or cfg.output.path.rstrip("/") + ".work")
     files = input_files(cfg.input)
+    inputs = [*zip(range(len(files)), files, input_names(files, cfg.input), strict=True)]
     stages = make_stages(cfg, work)
     with _locked(work):
         work.clear_scratch()
         work.remove_folder("status")
         options = beam_options(cfg)
         with _plain_errors(), beam.Pipeline(_runner(cfg, options), options) as pipeline:
-            _connect(pipeline, cfg, work, files, stages)
+            _connect(pipeline, cfg, work, inputs, stages)
         work.remove_folder(FOLDER)
         return json.loads(work.read(COUNTS))
 
@@ -122,11 +123,16 @@ def _runner(cfg: CurateConfig, options: PipelineOptions) -> FnApiRunner | None:
 
 
 def _connect(
-    pipeline: beam.Pipeline, cfg: CurateConfig, work: Work, files: list[str], stages: list[Stage]
+    pipeline: beam.Pipeline,
+    cfg: CurateConfig,
+    work: Work,
+    inputs: list[tuple[int, str, str]],
+    stages: list[Stage],
 ) -> None:
+    """Builds the pipeline; `inputs` are number, path and name (see `input_names`) of each."""
     made = (
         pipeline
-        | "Files" >> beam.Create(list(enumerate(files)))
+        | "Files" >> beam.Create(inputs)
         | "SpreadFiles" >> beam.Reshuffle()
         | "SplitInput" >> beam.ParDo(SplitInput(work, cfg))
         | "SpreadChunks" >> beam.Reshuffle()
@@ -178,9 +184,9 @@ class SplitInput(beam.DoFn):
     def __init__(self, work: Work, cfg: CurateConfig):
         self.work, self.cfg = work, cfg
 
-    def process(self, file: tuple[int, str]) -> Iterable[Chunk]:
-        number, name = file
-        return split_input(self.work, name, number, self.cfg.input)
+    def process(self, found: tuple[int, str, str]) -> Iterable[Chunk]:
+        number, file, name = found
+        return split_input(self.work, file, number, name, self.cfg.input)
 
 
 class MakeParts(beam.DoFn):

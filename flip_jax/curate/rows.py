@@ -45,6 +45,7 @@ ROWS = pa.schema(
 )
 Batch = pa.RecordBatch
 Row = dict[str, Any]  # a row of ROWS; what is absent is null
+Zeros = Callable[[], bool]  # whether any label of a folder or tar file is 0
 
 
 def table_rows(file: str, cfg: InputConfig) -> Iterator[Row]:
@@ -96,8 +97,12 @@ def _naming_labels(file: str) -> Iterator[None]:
         raise ValueError(f"{file}: {error}") from error
 
 
-def labels_of(cells: dict[str, Any]) -> Row:
+def labels_of(cells: dict[str, Any], zeros: Zeros) -> Row:
     """What a .json file beside a picture says of attributes: that field of a row, if any.
+
+    Args:
+      zeros: whether any label beside the pictures of the input is 0, so that -1 is unknown; asked
+        where there is a -1.
 
     Raises:
       ValueError: a label that a table may not have either.
@@ -107,10 +112,23 @@ def labels_of(cells: dict[str, Any]) -> Row:
         return {}
     try:
         table = _known(pa.RecordBatch.from_pylist([named]))
-        coding = _coding([table])
-        return {coding[0]: _labels(table, coding)[0].tobytes()}
+        kind, _ = _coding([table])
+        if kind == "probabilities":
+            return {kind: _probabilities(table)[0].tobytes()}
+        return {kind: attribute_labels(table, -1 in named.values() and zeros())[0].tobytes()}
     except pa.ArrowException as error:
         raise ValueError(f"labels {named}: {error}") from error
+
+
+def has_zero_label(cells: Any) -> bool:
+    """Whether a .json file beside a picture has a label that is 0; not where they are of no use."""
+    if not isinstance(cells, dict):
+        return False
+    try:
+        found = labels_of(cells, zeros=lambda: True)
+    except ValueError:
+        return False
+    return 0 in np.frombuffer(found.get("attributes", b""), np.int8)
 
 
 def _labels(table: pa.Table, coding: tuple[str, bool | None]) -> np.ndarray:

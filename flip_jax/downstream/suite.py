@@ -36,6 +36,7 @@ from flip_jax.downstream.face_data import DataLacks, FaceData
 from flip_jax.downstream.suite_page import PAGE_FILES, Entry, write_page
 from flip_jax.downstream.task_report import FILES, write_text
 from flip_jax.downstream.tasks import TASKS, Options, open_inputs, run_task
+from flip_jax.short_names import short_names
 
 __all__ = ["PAGE_FILES", "Settings", "labels_of", "read_settings", "run"]
 
@@ -117,12 +118,11 @@ def labels_of(checkpoints: Sequence[str]) -> list[str]:
     """
     # Without `..`, which would be a label that leaves OUT; a link keeps its own name.
     parts = [Path(os.path.abspath(path)).parts[1:] for path in checkpoints]
-    for used in range(1, max(map(len, parts)) + 1):
-        labels = ["-".join(part[-used:]) for part in parts]
+    try:
         # The other columns of the page have names, too.
-        if len(set(labels)) == len(parts) and not {"random", "chance"} & set(labels):
-            return labels
-    raise ValueError(f"--checkpoint: no names tell {', '.join(checkpoints)} apart; is one twice?")
+        return short_names(parts, "-", taken=("random", "chance"))
+    except ValueError as error:
+        raise ValueError(f"--checkpoint={' '.join(checkpoints)}: {error}") from error
 
 
 def _shape(backbone: Backbone) -> Any:

@@ -25,6 +25,12 @@ _ANYBODY = ("a {noun}",)
 _HAIR = ("a {noun} with black hair", "a {noun} with brown hair", "a {noun} with blond hair")
 _SHAVEN = ("a woman", "a clean-shaven man", "a man without a beard")
 
+# What is no participle of the person, as "wearing" is, but said of a part of the face or beside it.
+_OF_PARTS = (
+    *("receding", "thinning", "graying", "greying", "flowing", "curling", "protruding", "bulging"),
+    *("drooping", "sagging", "piercing", "flaring", "earring", "ring", "clothing"),
+)
+
 # Attribute -> (phrases where it is there, phrases where it is not).
 PHRASES: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "5_o_Clock_Shadow": (("a man with a five o'clock shadow", "a man with stubble"), _SHAVEN),
@@ -152,8 +158,10 @@ def label_prompts(label: str) -> list[str]:
     label = label.strip()
     if label.split()[0].lower() in ("a", "an", "the"):
         return _prompts((label,))
-    verbal = label.split()[0].endswith("ing") or label.split()[0] in ("with", "without", "who")
-    return _prompts((f"a {{noun}} {label}" if verbal else f"a {{noun}} with {label}",))
+    first = label.split()[0].lower()
+    verbal = first.endswith("ing") and first not in _OF_PARTS
+    follows = verbal or first in ("with", "without", "who")
+    return _prompts((f"a {{noun}} {label}" if follows else f"a {{noun}} with {label}",))
 
 
 def _prompts(phrases: Sequence[str]) -> list[str]:
