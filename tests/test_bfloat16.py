@@ -307,6 +307,20 @@ def test_remat_dots_sums_no_row_of_a_norm_again():
     assert [roots(remat) for remat in ("none", "dots", "full")] == [1, 1, 2]
 
 
+def test_remat_dots_makes_logits_of_attention_alone_again():
+    blocks = stack_blocks(lambda rngs: LayerNorm(8, 1e-5, jnp.float32, rngs), 3, nnx.Rngs(0))
+
+    def products(remat):
+        def run(x):
+            block = lambda norm, x, _: attend(x, x, x) + norm(x)  # noqa: E731
+            return scan_blocks(blocks, x, block, key=None, remat=remat)[0]
+
+        program = jax.make_jaxpr(jax.grad(lambda x: run(x).sum()))(jnp.ones((2, 4, 5, 8)))
+        return [one.primitive.name for one in _equations(program.jaxpr)].count("dot_general")
+
+    assert [products(remat) for remat in ("none", "dots", "full")] == [6, 7, 8]
+
+
 def test_attention_has_products_of_bfloat16_alone():
     """In both directions; and its gradients are as far from float32's as its values are."""
     rng = np.random.default_rng(0)

@@ -11,6 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask import (
     FullMask,
@@ -18,7 +19,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask impo
 )
 from jax.sharding import PartitionSpec
 
-from flip_jax.models.layers import Linear, dropout, normal, product
+from flip_jax.models.layers import PRODUCT, Linear, dropout, normal, product
 
 Array = jax.Array
 
@@ -86,6 +87,7 @@ def _plain_forward(query, key, value, mask, dropout_key, dropout_rate):
     # As an array of its own: XLA for GPUs would keep another in float32 for the gradient.
     weights = jax.lax.optimization_barrier(weights)
     out = product(dropout(weights, dropout_rate, dropout_key), value, value.dtype)
+    out = checkpoint_name(out, PRODUCT)
     return out, (query, key, value, weights, dropout_key, out)
 
 

@@ -21,10 +21,10 @@ from jax.sharding import PartitionSpec
 Array = jax.Array
 
 
-# What `remat="dots"` keeps: the product of a `Linear`, without its bias, and the two numbers that
-# LayerNorm has of a row. With these to be summed anew XLA for GPUs would write the gradient of
-# `scale` to memory, in float32, before it sums it over rows.
-_PRODUCT, _STATISTIC = "product", "statistic"
+# What `remat="dots"` keeps: products, that of a `Linear` without its bias and what comes out of
+# attention, and the two numbers that LayerNorm has of a row. With these to be summed anew XLA for
+# GPUs would write the gradient of `scale` to memory, in float32, before it sums it over rows.
+PRODUCT, _STATISTIC = "product", "statistic"
 
 
 def normal(std: float) -> Callable[..., Array]:
@@ -79,7 +79,7 @@ class Linear(nnx.Linear):
 
     def __call__(self, x: Array) -> Array:
         y = product(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.dtype)
-        return add_bias(checkpoint_name(y, _PRODUCT), self.bias[...])
+        return add_bias(checkpoint_name(y, PRODUCT), self.bias[...])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -279,7 +279,7 @@ def stack_blocks(make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs:
 
 
 _REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.save_only_these_names(_PRODUCT, _STATISTIC),
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT, _STATISTIC),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
