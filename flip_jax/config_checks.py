@@ -88,6 +88,7 @@ def _validate_training(cfg: Config) -> None:
         value = operator.attrgetter(name)(cfg)
         off = ", or None" if name in ("optim.clip_norm", "checkpoint.every_minutes") else ""
         _require(value is None or value > 0, name, value, f"must be above 0{off}")
+    _validate_rates(cfg.optim)
     for name in ("beta1", "beta2"):
         value = getattr(cfg.optim, name)
         _require(0 <= value < 1, f"optim.{name}", value, "must be in [0, 1)")
@@ -110,6 +111,21 @@ def _validate_training(cfg: Config) -> None:
         if masked
         else "must be 0 up to epochs, and above 0 only with model.vision.keep_patches",
     )
+
+
+def _validate_rates(cfg: OptimConfig) -> None:
+    """A schedule must not come from above `lr`, nor end above it."""
+    unused = {
+        "warmup_lr": cfg.warmup_steps == 0,
+        "min_lr": cfg.schedule == "constant",
+    }
+    for name, is_unused in unused.items():
+        _require(
+            is_unused or getattr(cfg, name) <= cfg.lr,
+            f"optim.{name}",
+            getattr(cfg, name),
+            f"must be at most optim.lr, which is {cfg.lr}: set it lower, too",
+        )
 
 
 def _validate_data(cfg: Config) -> None:

@@ -27,7 +27,7 @@ def learning_rate(cfg: OptimConfig, steps_per_epoch: int, total_steps: int) -> o
     """
 
     def warmup(step: Array) -> Array:
-        share = step / max(cfg.warmup_steps, 1)
+        share = jnp.minimum(step / max(cfg.warmup_steps, 1), 1)
         return jnp.minimum(cfg.lr, cfg.warmup_lr + (cfg.lr - cfg.warmup_lr) * share)
 
     def step_decay(step: Array) -> Array:

@@ -294,6 +294,24 @@ def test_remat_dots_keeps_products_in_bfloat16():
     assert of_layers == [((3, 5, 7, 16), "bfloat16")] * 3  # two products, and x itself
 
 
+def test_float32_is_of_float32_on_every_device(params):
+    """By itself JAX multiplies it in TF32 on GPUs and in bfloat16 on TPUs."""
+    graphdef = flip.build(dataclasses.replace(MODEL, dtype="float32"))
+    pixels, ids = np.zeros((2, 32, 32, 3), np.uint8), np.ones((2, 6), np.int32)
+
+    def outputs(params):
+        model, mask = nnx.merge(graphdef, params), np.ones((2, 6), bool)
+        tokens, image = model.encode_image(pixels)
+        _, text = model.encode_text(ids, mask)
+        return jnp.sum(image * text) + model.match(ids, mask, tokens).sum()
+
+    program = jax.make_jaxpr(jax.grad(outputs))(params)
+    products = [one for one in _equations(program.jaxpr) if one.primitive.name == "dot_general"]
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    assert len(products) > 50
+    assert {one.params["precision"] for one in products} == {highest}
+
+
 def test_remat_dots_sums_no_row_of_a_norm_again():
     blocks = stack_blocks(lambda rngs: LayerNorm(16, 1e-5, jnp.float32, rngs), 3, nnx.Rngs(0))
 

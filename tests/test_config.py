@@ -104,6 +104,8 @@ def test_bad_override(path, text, words):
         ("seed", 2**32, ["0..4294967295"]),
         ("optim.min_lr", -1e-6, ["at least 0"]),
         ("optim.warmup_lr", -1.0, ["at least 0"]),
+        ("optim.warmup_lr", 1e-4, ["at most optim.lr, which is 3e-05"]),
+        ("optim.min_lr", 1e-4, ["at most optim.lr, which is 3e-05"]),
         ("optim.decay_rate", 0.0, ["above 0 and at most 1"]),
         ("optim.decay_rate", 1.1, ["above 0 and at most 1"]),
         ("model.text.init_std", -1.0, ["at least 0"]),

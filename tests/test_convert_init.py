@@ -108,6 +108,19 @@ def test_checkpoint_brings_momentum_and_queue(imported, fresh):
     assert int(state["step"]) == 0
 
 
+def test_heads_of_a_loss_that_the_run_has_not_are_left_out(imported, fresh, tmp_path, caplog):
+    wanted = load_params(imported / "flip")
+    more = {"logit_bias": np.zeros(()), "mim": {"out": {"bias": np.zeros(3)}}}
+    save_weights(tmp_path / "more", wanted | more, read_meta(imported / "flip"))
+    with caplog.at_level("INFO"):
+        state = initial_state(run_config(checkpoint=tmp_path / "more"), fresh)
+    assert_same(state["params"], wanted)
+    assert "left out, as this run has no such loss: logit_bias, mim/out/bias" in caplog.text
+    save_weights(tmp_path / "else", wanted | {"other": np.zeros(3)}, read_meta(imported / "flip"))
+    with pytest.raises(ValueError, match="unexpected other"):
+        initial_state(run_config(checkpoint=tmp_path / "else"), fresh)
+
+
 def test_a_tower_wins_over_the_checkpoint(imported, fresh):
     cfg = run_config(checkpoint=imported / "flip", vision=imported / "clip")
     state = initial_state(cfg, fresh)

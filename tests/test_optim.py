@@ -27,6 +27,14 @@ def test_step_schedule_is_the_reference(steps_per_epoch):
     assert float(schedule(14 * steps_per_epoch)) == pytest.approx(6.86e-6, rel=1e-2)
 
 
+@pytest.mark.parametrize("schedule", ["step", "cosine", "constant"])
+def test_no_rate_is_below_zero_or_above_the_highest(schedule):
+    """Not after a warm-up from above `lr` either, which `validate` refuses."""
+    cfg = OptimConfig(lr=5e-7, warmup_lr=1e-6, min_lr=0.0, warmup_steps=100, schedule=schedule)
+    rates = learning_rate(cfg, 5000, 10_000)(np.arange(0, 10_000, 50))
+    assert rates.min() >= 0 and rates.max() <= np.float32(5e-7)
+
+
 def test_cosine_and_constant_schedules():
     cfg = OptimConfig(lr=1e-3, min_lr=1e-5, warmup_lr=0.0, warmup_steps=10, schedule="cosine")
     schedule = learning_rate(cfg, 50, 110)

@@ -43,7 +43,8 @@ def initial_params(
     `init.checkpoint` brings all parameters it has, `init.vision` those of the image tower,
     `init.text` those of the text tower; a more special field wins. Each is a checkpoint: a folder
     written by `python -m flip_jax.convert`, a workdir, or a step's folder. What none of them has
-    stays fresh (with BERT: the cross-attention).
+    stays fresh (with BERT: the cross-attention). Heads of a loss that this run has not (MIM,
+    captions, the bias of the sigmoid loss) are left out.
 
     Args:
       params: fresh parameters; arrays go to their shardings.
@@ -56,11 +57,22 @@ def initial_params(
     fresh = named_leaves(params)
     for field, folder in (start_folders(cfg) if folders is None else folders).items():
         path = getattr(cfg.init, field)
-        loaded = named_leaves(load_params(folder, only=FIELDS[field]))
+        loaded = _without_other_heads(load_params(folder, only=FIELDS[field]), fresh, field)
         _check(field, folder, cfg, loaded, fresh)
         fresh |= {n: jax.device_put(v, fresh[n].sharding) for n, v in loaded.items()}
         _log.info("init.%s: %d of %d arrays from %s", field, len(loaded), len(fresh), path)
     return nested(fresh)
+
+
+def _without_other_heads(
+    params: flip.Params, fresh: Mapping[str, Any], field: str
+) -> dict[str, Any]:
+    """Arrays by name, without those of a loss that this run has not."""
+    loaded = named_leaves(params)
+    excess = [n for n in loaded if n not in fresh and n.split("/")[0] in flip.OF_A_LOSS]
+    if excess:
+        _log.info("init.%s: left out, as this run has no such loss: %s", field, ", ".join(excess))
+    return {name: value for name, value in loaded.items() if name not in excess}
 
 
 def initial_state(cfg: Config, state: Mapping[str, Any]) -> dict[str, Any]:

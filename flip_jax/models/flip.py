@@ -14,14 +14,17 @@ from flax import nnx
 from flip_jax.config import ModelConfig
 from flip_jax.models.bert import Bert, ImageIndex, Images
 from flip_jax.models.captioner import CaptionHead
+from flip_jax.models.layers import precision_of
 from flip_jax.models.mim import TEACHER, MimDecoder
 from flip_jax.models.vit import VisionTransformer, pixels_of
 
 Array = jax.Array
 Params = dict  # nested dict[str, Array]
 
+# Parameters of a model with that loss alone; weights of another may have them in excess.
+OF_A_LOSS = ("logit_bias", "mim", "caption_head")
 # Parameters without a momentum twin; of `mim` the twin may need a part, see `twin_params`.
-ONLINE_ONLY = ("itm_head", "temperature", "logit_bias", "mim", "caption_head")
+ONLINE_ONLY = ("itm_head", "temperature", *OF_A_LOSS)
 
 
 def _linear(width: int, out: int, rngs: nnx.Rngs) -> nnx.Linear:
@@ -30,7 +33,9 @@ def _linear(width: int, out: int, rngs: nnx.Rngs) -> nnx.Linear:
     def uniform(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
         return jax.random.uniform(key, shape, dtype, -(width**-0.5), width**-0.5)
 
-    return nnx.Linear(width, out, kernel_init=uniform, bias_init=uniform, rngs=rngs)
+    precision = precision_of(jnp.float32)
+    start = {"kernel_init": uniform, "bias_init": uniform}
+    return nnx.Linear(width, out, **start, precision=precision, rngs=rngs)
 
 
 def unit_norm(x: Array) -> Array:

@@ -74,6 +74,12 @@ def _normed_gradient(epsilon: float, kept: tuple[Array, ...], grad: Array):
 _normed.defvjp(_normed_forward, _normed_gradient)
 
 
+def precision_of(dtype: jnp.dtype) -> jax.lax.Precision | None:
+    """Of products of this type. By itself JAX multiplies float32 in TF32 on GPUs and in bfloat16 on
+    TPUs, and the numbers of a checkpoint would not be the same everywhere."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
 class Linear(nnx.Linear):
     """x [..., in] @ kernel + bias in `dtype`; the gradient of the bias is summed in float32."""
 
@@ -94,13 +100,14 @@ def product(x: Array, y: Array, dtype: jnp.dtype) -> Array:
 
 def _multiply(multiply: Callable[..., Array], x: Array, y: Array, dtype: jnp.dtype) -> Array:
     """A product in `dtype`, which on CPUs is rounded from float32: those of bfloat16 in XLA for
-    CPUs are fast for that alone. XLA for GPUs would write the float32 to memory."""
+    CPUs are fast for that alone. XLA for GPUs would write the float32 to memory. One of float32 is
+    of float32 everywhere, see `precision_of`."""
 
     def wide(x: Array, y: Array) -> Array:
         return multiply(x, y, preferred_element_type=jnp.float32).astype(dtype)
 
     def direct(x: Array, y: Array) -> Array:
-        return multiply(x, y, preferred_element_type=dtype)
+        return multiply(x, y, preferred_element_type=dtype, precision=precision_of(x.dtype))
 
     if dtype == jnp.float32:
         return direct(x, y)

@@ -18,6 +18,7 @@ from flip_jax.models.layers import (
     LayerNorm,
     Mlp,
     normal,
+    precision_of,
     quick_gelu,
     scan_blocks,
     stack_blocks,
@@ -90,6 +91,7 @@ class VisionTransformer(nnx.Module):
             use_bias=False,
             kernel_init=normal(0.02),
             dtype=dtype,
+            precision=precision_of(dtype),
             rngs=rngs,
         )
         self.class_embed = nnx.Param(normal(cfg.width**-0.5)(rngs.params(), (cfg.width,)))
