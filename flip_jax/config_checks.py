@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from flip_jax.settings import check_types
 
 if TYPE_CHECKING:  # `config.py` offers `validate` as its own
-    from flip_jax.config import Config, LossConfig, ModelConfig
+    from flip_jax.config import Config, LossConfig, ModelConfig, OptimConfig
 
 
 def validate(cfg: Config) -> Config:
