@@ -55,7 +55,7 @@ from flip_jax.data.transforms import (
 
 SIZE = 224
 RECORDS = 4096
-PACE = 950  # pairs/s, about what XLA plans for an H200 (docs/performance.md)
+PACE = 1200  # pairs/s, the most that XLA plans for an H200 (docs/performance.md)
 SHAPES = ((218, 178), (512, 512))  # height, width
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
