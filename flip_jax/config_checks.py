@@ -18,7 +18,7 @@ def validate(cfg: Config) -> Config:
       ValueError: naming the field, its value, what is allowed and what to change.
     """
     check_types(cfg, "config")
-    _validate_model(cfg.model)
+    validate_model(cfg.model)
     _validate_training(cfg)
     return cfg
 
@@ -34,7 +34,8 @@ def _at_least(cfg: Config, least: int, *names: str) -> None:
         _require(value is None or value >= least, name, value, f"must be at least {least}")
 
 
-def _validate_model(model: ModelConfig) -> None:
+def validate_model(model: ModelConfig) -> None:
+    """As `validate`, of the model alone, whose fields have the types that they must have."""
     vision, text = model.vision, model.text
     for name, tower in (("vision", vision), ("text", text)):
         for field_name in ("width", "depth", "heads", "mlp_width"):

@@ -30,13 +30,21 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The plain nested dict with these names."""
+    """The plain nested dict with these names.
+
+    Raises:
+      ValueError: a name that is also the beginning of another.
+    """
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
         *parents, last = name.split("/")
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{name}: {parent} is an array")
+        if isinstance(node.get(last), dict):
+            raise ValueError(f"{name}: {last} is a group of arrays")
         node[last] = leaf
     return tree
 

@@ -186,8 +186,11 @@ def from_dict(values: dict[str, Any], kind: type) -> Any:
     """The inverse of `to_dict`.
 
     Raises:
-      ValueError: if a field is unknown, as in a config of another version.
+      ValueError: if a field is unknown, as in a config of another version, or not a table of
+        fields where it must be.
     """
+    if not isinstance(values, dict):
+        raise ValueError(f"{kind.__name__} is {values!r}, not a table of fields")
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(values) - set(hints))
     if unknown:

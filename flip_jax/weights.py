@@ -23,9 +23,11 @@ import flip_jax
 from flip_jax import config
 from flip_jax.checkpoint import load_params, read_meta
 from flip_jax.config import Config
+from flip_jax.config_checks import validate_model
 from flip_jax.data.tokenizer import Tokenizer
 from flip_jax.models import flip
 from flip_jax.named_arrays import mismatches, named_leaves, nested
+from flip_jax.settings import check_types
 from flip_jax.step_folder import step_folder
 
 LAYOUT_VERSION = 1
@@ -57,7 +59,7 @@ def read_weights(path: Path) -> Weights:
     else:
         folder = step_folder(path, None)  # once: a training may write the next step meanwhile
         meta, params = read_meta(folder), load_params(folder)
-    cfg = config.from_dict(meta["config"])
+    cfg = _checked_config(path, meta)
     leaves = named_leaves(params)
     described = {n: {"dtype": str(v.dtype), "shape": list(v.shape)} for n, v in leaves.items()}
     wanted = jax.eval_shape(lambda: flip.init_params(cfg.model, 1.0, jax.random.key(0)))
@@ -67,6 +69,17 @@ def read_weights(path: Path) -> Weights:
             "(an image or text tower) is the start of a run: config.init.vision, config.init.text"
         )
     return Weights(params, cfg, meta)
+
+
+def _checked_config(path: Path, meta: Mapping[str, Any]) -> Config:
+    """The config beside the weights, which anybody can edit; of it the model must be possible."""
+    try:
+        cfg = config.from_dict(meta["config"])
+        check_types(cfg, "config")
+        validate_model(cfg.model)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return cfg
 
 
 def is_export(path: Path) -> bool:
@@ -154,6 +167,8 @@ def _read_export(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     try:
         return meta, nested(load_file(file))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}; {_AGAIN}") from error
     except SafetensorError as error:
         raise OSError(f"{file} is damaged or not whole ({error}); {_AGAIN}") from error
 

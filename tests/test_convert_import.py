@@ -18,6 +18,7 @@ from flip_jax.convert.check import compare, compare_bits
 from flip_jax.convert.conversion import ConversionError, import_torch, whole_or_absent
 from flip_jax.convert.foreign import Options
 from flip_jax.convert.importer import import_weights
+from flip_jax.convert.weight_files import read_tensors
 from flip_jax.data import tokenizer
 from flip_jax.models.position_table import resize_position_table
 from flip_jax.named_arrays import named_leaves
@@ -307,6 +308,28 @@ def test_a_part_of_a_file(tmp_path, capsys):
         (tmp_path / "a.pth").write_bytes(data[:size])
         assert main(["--from", "flip", str(tmp_path / "a.pth"), str(tmp_path / "ours")]) == 1
         assert "a.pth is no PyTorch file or is damaged" in capsys.readouterr().err
+
+
+def test_a_part_of_a_file_of_the_first_days(tmp_path):
+    """Before torch 1.6 a file was pickles one after the other, each read until it ends."""
+    torch.save({"a": torch.ones(40)}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+    whole = (tmp_path / "a.pth").read_bytes()
+    for size in range(1, len(whole)):
+        (tmp_path / "cut.pth").write_bytes(whole[:size])
+        with pytest.raises(ConversionError, match=r"cut\.pth (is no|holds)"):
+            read_tensors(tmp_path / "cut.pth")
+
+
+def test_what_is_no_tensor_of_a_name(tmp_path):
+    torch.save({0: torch.ones(2)}, tmp_path / "a.pth")
+    with pytest.raises(ConversionError, match=r"a\.pth holds a dict whose keys are no names"):
+        read_tensors(tmp_path / "a.pth")
+    torch.save({"thin": torch.eye(2).to_sparse()}, tmp_path / "b.pth")
+    with pytest.raises(ConversionError, match=r"b\.pth: thin is no plain array"):
+        read_tensors(tmp_path / "b.pth")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
+    with pytest.raises(ConversionError, match="has no weight_map, which names the files"):
+        read_tensors(tmp_path)
 
 
 def test_broken_safetensors(clip, tmp_path):

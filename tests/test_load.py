@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import tiny_weights
 from flax import nnx
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 import flip_jax
 from flip_jax import config
@@ -271,6 +273,43 @@ def test_the_hub_client_offline(tmp_path):
 def test_importing_the_package_starts_no_jax():
     script = "import sys, flip_jax; assert not {'jax', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": None}, "Config is None, not a table of fields"),
+        ({"vision": 3}, "VisionConfig is 3, not a table of fields"),
+        ({"vocab_size": "529"}, "config.model.text.vocab_size='529': must be int"),
+        ({"patch_size": 0}, "config.model.vision.patch_size=0: must be at least 1"),
+        ({"dtype": "float7"}, "config.model.dtype='float7': must be"),
+        ({"heads": 7}, "heads=7: must divide"),
+        ({"max_length": 1000}, "config.model.text.max_length=1000: must be 3.."),
+    ],
+)
+def test_an_edited_config_is_named(export, tmp_path, change, message):
+    shutil.copytree(export, tmp_path / "edited")
+    ((name, value),) = change.items()
+
+    def edited(node):
+        if not isinstance(node, dict):
+            return node
+        return {key: value if key == name else edited(part) for key, part in node.items()}
+
+    file = tmp_path / "edited" / "config.json"
+    file.write_text(json.dumps(edited(json.loads(file.read_text()))))
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        read_weights(tmp_path / "edited")
+    assert "edited" in str(caught.value)
+
+
+def test_a_name_that_is_a_group_too(export, tmp_path):
+    shutil.copytree(export, tmp_path / "edited")
+    file = tmp_path / "edited" / "model.safetensors"
+    arrays = load_file(file)
+    save_file(arrays | {"vit": np.zeros(1, np.float32)}, file)
+    with pytest.raises(ValueError, match=r"model\.safetensors: .*vit"):
+        read_weights(tmp_path / "edited")
 
 
 def test_export_keeps_every_bit(run, export):

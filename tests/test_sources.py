@@ -164,6 +164,14 @@ def test_pictures_that_are_encoded_again(tmp_path):
         assert record.captions == [] and record.group_id == record.id
 
 
+def test_a_table_of_bad_pictures_alone(tmp_path):
+    save(tmp_path / "images", "cut.jpg", encode_jpeg(picture(1))[:-30])
+    path, out = table(tmp_path, {"file": ["cut.jpg"]}), tmp_path / "out"
+    with pytest.raises(ValueError, match=r"1 of 1 rows were rejected(.|\n)*cut\.jpg"):
+        build([(path, tmp_path / "images")], out, BuildConfig(max_bad_fraction=1))
+    assert not out.exists()
+
+
 def test_rejected_rows_are_named(tmp_path, faces):
     folder = tmp_path / "images"
     save(folder, "empty.jpg", b"")

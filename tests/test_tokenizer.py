@@ -196,6 +196,13 @@ def test_bad_vocabulary_files(tmp_path, content, message):
     assert str(path) in str(error.value)
 
 
+_WORDPIECE = (
+    '{"model": {"type": "WordPiece", "vocab": %s}, "normalizer": {"lowercase": 1}, '
+    '"added_tokens": [%s]}'
+)
+_ODD_PARTS = (('["a"]', ""), ('{"a": 0}', '{"id": 1}'))
+
+
 def test_bad_places_and_lengths(tmp_path):
     with pytest.raises(FileNotFoundError, match="grammar"):
         Tokenizer.load(str(tmp_path / "absent.txt"), 8)
@@ -207,7 +214,8 @@ def test_bad_places_and_lengths(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model, "normalizer": None}))
     with pytest.raises(ValueError, match="BPE"):
         Tokenizer.load(str(tmp_path), 8)
-    for text in ("{}", "[]", "", '{"model": {"type": "WordPiece"}, "normalizer": {}}'):
+    odd = ('{"model": [1]}', '{"normalizer": [1]}', *(_WORDPIECE % of for of in _ODD_PARTS))
+    for text in ("{}", "[]", "", '{"model": {"type": "WordPiece"}, "normalizer": {}}', *odd):
         (tmp_path / "tokenizer.json").write_text(text)
         with pytest.raises(ValueError, match=str(tmp_path)):
             Tokenizer.load(str(tmp_path), 8)

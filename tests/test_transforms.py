@@ -15,7 +15,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from flip_jax.data import transforms
 from flip_jax.data.jpeg import BadImage, jpeg_size
-from flip_jax.data.transforms import decode_image, load_image, resize_image
+from flip_jax.data.transforms import decode_image, load_image, prepare_image, resize_image
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -81,6 +81,19 @@ def test_decode_jpeg_modes_match_pillow(mode):
 def test_grey_jpeg_has_three_equal_channels():
     image = decode_image(encode(Image.fromarray(picture(20, 20)).convert("L")))
     assert (image[..., :1] == image).all()
+
+
+def test_a_picture_that_no_jpeg_can_be_is_named():
+    with pytest.raises(BadImage, match=r"70000 x 2 pixels cannot be a JPEG: .*65500"):
+        prepare_image(encode(Image.new("RGB", (70_000, 2)), "PNG"), None, 95)
+
+
+def test_fill_bytes_before_a_marker():
+    data = encode(Image.fromarray(picture(30, 50)), quality=95, exif=turned(6))
+    place = data.index(b"\xff\xe1")
+    filled = data[:place] + b"\xff\xff" + data[place:]
+    np.testing.assert_array_equal(decode_image(filled), decode_image(data))
+    assert jpeg_size(filled) == jpeg_size(data) == (50, 30)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ _UNREADABLE = (
     LookupError,
     AttributeError,
     UnicodeDecodeError,
+    struct.error,  # these two of files older than torch 1.6
+    AssertionError,
 )
 
 
@@ -104,7 +107,7 @@ def _weight_files(path: Path) -> list[Path]:
         index = path / f"{name}.index.json"
         if index.is_file():
             shards = _read_object(index).get("weight_map")
-            if not isinstance(shards, dict):
+            if not isinstance(shards, dict) or not _all_texts(shards.values()):
                 raise ConversionError(f"{index} has no weight_map, which names the files")
             return [path / shard for shard in sorted(set(shards.values()))]
     raise FileNotFoundError(f"{path} holds none of {', '.join(_FOLDER_FILES)}")
@@ -144,7 +147,13 @@ def _read_pickle(file: Path, under: tuple[str, ...]) -> dict[str, Any]:
             break
     if not isinstance(content, Mapping) or not content:
         raise ConversionError(f"{file} holds a {type(content).__name__}, not a dict of tensors")
+    if not _all_texts(content):
+        raise ConversionError(f"{file} holds a dict whose keys are no names of tensors")
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def _all_texts(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def _why_unreadable(file: Path, error: str) -> str:
@@ -165,4 +174,7 @@ def _float32_array(name: str, tensor: Any, path: Path) -> np.ndarray:
             "the whole content or lie under the key that the format names"
         )
     tensor = tensor.detach()
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    try:
+        return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    except (TypeError, RuntimeError) as error:  # sparse, quantized, of no device
+        raise ConversionError(f"{path}: {name} is no plain array: {error}") from error

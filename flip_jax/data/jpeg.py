@@ -122,6 +122,9 @@ def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
     """
     position = 2
     while data[position : position + 1] == b"\xff" and position + 4 <= len(data):
+        if data[position + 1] == 0xFF:  # any number of these may stand before a marker
+            position += 1
+            continue
         marker, length = struct.unpack_from(">BH", data, position + 1)
         if marker == 0xDA:  # start of scan: no header segment follows
             return

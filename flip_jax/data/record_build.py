@@ -41,10 +41,10 @@ class BuildReport:
         """Refuses too many rejections.
 
         Raises:
-          ValueError: more than `max_bad_fraction` of the rows were rejected.
+          ValueError: more than `max_bad_fraction` of the rows were rejected, or all of them.
         """
         rows = self.written.total() + self.rejections
-        if self.rejections > max_bad_fraction * rows:
+        if self.rejections > max_bad_fraction * rows or self.rejections == rows > 0:
             raise ValueError(
                 f"{self.rejections} of {rows} rows were rejected, allowed share "
                 f"{max_bad_fraction}; nothing was written. Mend the table or raise "

@@ -246,7 +246,13 @@ def _fields(text: str) -> dict[str, Any]:
 
 def _vocab_of_json(text: str) -> list[str]:
     """Returns the entries of a tokenizer.json in order of their id."""
-    fields = _fields(text)
+    try:
+        return _vocab_of_fields(_fields(text))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"its JSON has not the layout of a tokenizer.json: {error!r}.") from error
+
+
+def _vocab_of_fields(fields: dict[str, Any]) -> list[str]:
     model, normalizer = fields.get("model") or {}, fields.get("normalizer") or {}
     if model.get("type") != "WordPiece" or not normalizer.get("lowercase"):
         raise ValueError(

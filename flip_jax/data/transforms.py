@@ -120,7 +120,11 @@ def prepare_image(
         return encode_jpeg(np.asarray(small), quality), True
     if is_plain_jpeg(data):
         return data, False
-    return encode_jpeg(image, quality), True
+    try:
+        return encode_jpeg(image, quality), True
+    except ValueError as error:  # a side of more than 65,500 pixels
+        height, width = image.shape[:2]
+        raise BadImage(f"{width} x {height} pixels cannot be a JPEG: {error}") from error
 
 
 def contain(
