@@ -10,6 +10,7 @@ import argparse
 import collections
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -102,7 +103,10 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(meta, indent=2) if args.json else describe(meta))
+    try:
+        print(json.dumps(meta, indent=2) if args.json else describe(meta), flush=True)
+    except BrokenPipeError:  # of `| head`; the interpreter would write to it once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -12,8 +12,8 @@
 #
 # A slice that is READY and a run that is going on there are taken over, so the loop itself may be
 # ended and started again. The slice is left there at the end: tpu_delete.sh.
-# Exit status: 0 the run is complete, or was ended by tpu_stop.sh; 1 given up, or the run ended twice
-# in a row with an error of its own (status 1 or 2); 2 wrong options.
+# Exit status: 0 the run is complete, or was ended by tpu_stop.sh; 1 given up, uncommitted changes, or
+# the run ended twice in a row with an error of its own (status 1 or 2); 2 wrong options.
 source "$(dirname "$0")/common.sh"
 
 LONGEST_WAIT=960 # seconds
@@ -70,6 +70,10 @@ look() {
 
 # One round: whatever is missing of slice, code and run.
 begin() {
+  local changes
+  # Before a slice is paid for: tpu_setup.sh refuses them, and no new start would mend it.
+  changes=$(git -C "$ROOT" status --porcelain)
+  [[ -z $changes ]] || fail 1 $'there are uncommitted changes; commit them first:\n'"$changes"
   case $slice in
     gone) script tpu_delete.sh "${queued[@]}" && script tpu_create.sh "${create[@]}" ;;
     absent) script tpu_create.sh "${create[@]}" ;;

@@ -82,7 +82,8 @@ def test_arguments_are_the_parts(on_cpu):
     assert sum(memory["parts"].values()) == memory["arguments"]
     parts = memory["parts"]
     assert parts["opt_state"] > parts["params"] > parts["queue"] > 0
-    assert memory["temporaries"] > 0
+    # What stands at the end, gradients among it, is not told as a peak on CPUs.
+    assert memory["temporaries"] > parts["params"]
 
 
 def test_the_formula_is_what_is_compiled(on_cpu):

@@ -82,6 +82,15 @@ def test_a_step_of_a_run(workdir, capsys):
     assert meta["step"] == 2 and meta["arrays"]["params"]["vit/kernel"]["shape"] == [16, 8]
 
 
+def test_a_reader_that_stops_early(workdir):
+    command = [sys.executable, "-m", "flip_jax.inspect", str(workdir)]
+    with subprocess.Popen(
+        command, env=os.environ | ONE_DEVICE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 0
+
+
 def test_no_checkpoint_is_one_line(tmp_path, capsys):
     assert main([str(tmp_path)]) == 1
     error = capsys.readouterr().err

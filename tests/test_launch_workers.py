@@ -261,6 +261,15 @@ def test_the_loop_starts_again_what_was_interrupted_or_lost(cloud):
     assert "new start 3 of 20" in done.stdout
 
 
+def test_the_loop_creates_nothing_where_setup_would_refuse(cloud):
+    cloud.states(tpu_vm=["ABSENT"])
+    (cloud.root / "code.py").write_text("changed")
+    done = cloud.run(*LOOP)
+    assert done.returncode == 1
+    assert "there are uncommitted changes; commit them first:\n M code.py" in done.stderr
+    assert steps(cloud) == ["look"]
+
+
 def test_the_loop_takes_over_a_run_that_is_going_on(cloud):
     cloud.states(tpu_vm=["READY", "BROKEN", "REPAIRING", "READY"], run=["running", "stopped"])
     done = cloud.run(*LOOP)

@@ -84,7 +84,8 @@ def of_program(
     """Of a program that compiled; `dump` is the folder of the compiler's reports.
 
     Args:
-      whole: temporaries are one piece of memory, as on GPUs, so that their peak is all of it.
+      whole: temporaries are one piece of memory, as on GPUs, so that their peak is all of it. Of
+        CPUs the compiler tells no peak.
     """
     found = compiled.memory_analysis()
     arguments = found.argument_size_in_bytes

@@ -179,7 +179,7 @@ def _compile(
 ) -> CompiledStep:
     """`inputs` of the step beside the state; `platforms` and `options` as `topology.target`."""
     parts, capacity = step.memory.parts, step.memory.capacity
-    on_gpu = step.device_kind.startswith("NVIDIA")
+    on_gpu, on_tpu = (step.device_kind.startswith(name) for name in ("NVIDIA", "TPU"))
     start = time.perf_counter()
     traced = compiled.step.trace(compiled.target, *inputs)
     lowered = traced.lower(lowering_platforms=platforms)
@@ -193,7 +193,7 @@ def _compile(
         program, xla_flops = None, None
         try:
             program = lowered.compile(compiler_options=options)
-            used = memory.of_program(parts, program, capacity, dump, whole=on_gpu)
+            used = memory.of_program(parts, program, capacity, dump, whole=not on_tpu)
             xla_flops = (program.cost_analysis() or {}).get("flops")
         except jax.errors.JaxRuntimeError as error:
             used = memory.of_failure(parts, str(error), capacity, dump)

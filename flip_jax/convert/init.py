@@ -143,7 +143,7 @@ def _check(
         raise ValueError(
             f"config.init.{field}={getattr(cfg.init, field)!r} does not fit the config: "
             f"{'; '.join(problems)}. Change config.model or config.data.tokenizer, or convert "
-            "again (--image-size, --tokenizer)"
+            "again (--image-size, --vision-heads, --text-heads, --tokenizer)"
         )
 
 
